@@ -1,0 +1,1 @@
+"""What the operators cost: one file a question, run as `stamina-fast bench`."""
