@@ -1,0 +1,204 @@
+"""The specification: every operator in plain torch, for any floating dtype. Tests, benchmarks and the fallback use it.
+
+    L = P Q + c                    logits, rank s              P [N, s]  Q [G, s, k]  c [G]
+    z = L + ln u - ln(1 - u)       sampled gate; z = L without noise
+    M = [z > 0]                    hard, forward               dM/dL := s(1 - s)/tau with s = sigmoid(z/tau), backward
+    Y = X (W + M ⊙ (A B))ᵀ         X [..., k]  W [N, k]  A [N, r]  B [G, r, k]  Y [..., N]
+
+Row n belongs to one of G projections, whose rows stand in order; `sizes` holds their counts. Everything is computed in
+fp32 (fp64 for fp64) after A, B, P and Q were rounded to the weight's dtype; the residual M ⊙ AB is rounded to the
+weight's dtype before it meets X, products accumulate in fp32, and Y is rounded once.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .noise import GateNoise, uniforms as draw_uniforms
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextmanager
+def full_precision(device: torch.device):
+    """fp32 products without TF32 and outside autocast, whatever the surroundings ask for."""
+    matmul = torch.backends.cuda.matmul
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        before = matmul.allow_tf32
+        matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            matmul.allow_tf32 = before
+
+
+class _Round(torch.autograd.Function):
+    """Round to a narrower dtype and come back; the gradient passes unrounded."""
+
+    @staticmethod
+    def forward(ctx, value, dtype):
+        return value.to(dtype).to(value.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def _rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return _Round.apply(factor.to(compute_dtype(dtype)), dtype)
+
+
+def low_rank(left: Tensor, right: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """left [N, r] times right [G, r, k], projection by projection: `[N, k]`."""
+    return torch.cat([part @ right[g] for g, part in enumerate(left.split(sizes))])
+
+
+def logits(p: Tensor, q: Tensor, gate_bias: Tensor | None, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """L = P Q + c, fp32 (fp64 for fp64), `[N, k]`; P and Q are rounded to `dtype` first."""
+    product = low_rank(_rounded(p, dtype), _rounded(q, dtype), sizes)
+    if gate_bias is None:
+        return product
+    bias = gate_bias.to(product.dtype)
+    return product + torch.cat([bias[g].expand(n) for g, n in enumerate(sizes)]).unsqueeze(1)
+
+
+def noisy_logits(p, q, gate_bias, sizes, dtype, noise=None, uniforms=None) -> Tensor:
+    """z = L + ln u - ln(1 - u), or L where there is neither noise nor uniforms, `[N, k]`."""
+    z = logits(p, q, gate_bias, sizes, dtype)
+    if uniforms is None and noise is not None:
+        uniforms = draw_uniforms(noise, z.shape[0], z.shape[1], z.device, z.dtype)
+    if uniforms is None:
+        return z
+    u = uniforms.to(z.dtype)
+    return z + (torch.log(u) - torch.log(1 - u))
+
+
+def gate(p, q, gate_bias, sizes, dtype, noise=None, uniforms=None, tau=1.0) -> Tensor:
+    """M in {0, 1}, `[N, k]`, with the straight-through slope s(1 - s)/tau."""
+    z = noisy_logits(p, q, gate_bias, sizes, dtype, noise, uniforms)
+    soft = torch.sigmoid(z / tau)
+    return (z > 0).to(z.dtype) + (soft - soft.detach())
+
+
+def residual(a, b, p, q, gate_bias, sizes, dtype, noise=None, uniforms=None, tau=1.0) -> Tensor:
+    """M ⊙ (A B), fp32 (fp64 for fp64), `[N, k]`."""
+    product = low_rank(_rounded(a, dtype), _rounded(b, dtype), sizes)
+    if p is None:
+        return product
+    return gate(p, q, gate_bias, sizes, dtype, noise, uniforms, tau) * product
+
+
+def masked_linear(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    p: Tensor | None = None,
+    q: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    *,
+    sizes: tuple[int, ...] | None = None,
+    noise: GateNoise | None = None,
+    uniforms: Tensor | None = None,
+    tau: float | Tensor = 1.0,
+) -> Tensor:
+    """Y = X (W + M ⊙ (A B))ᵀ as in `stamina_fast.masked_linear`; `uniforms` `[N, k]` takes the place of the noise stream."""
+    sizes = sizes or (weight.shape[0],)
+    with full_precision(x.device):
+        delta = residual(a, b, p, q, gate_bias, sizes, weight.dtype, noise, uniforms, tau)
+        exact = compute_dtype(weight.dtype)
+        wide = x.to(exact)
+        y = wide @ weight.detach().to(exact).T + wide @ _Round.apply(delta, weight.dtype).T
+        return y.to(x.dtype)
+
+
+@torch.no_grad()
+def masked_linear_backward(
+    grad, x, weight, a, b, p=None, q=None, gate_bias=None, *, sizes=None, noise=None, uniforms=None, tau=1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of `masked_linear` written out, G = `grad` `[..., N]`; (dx, da, db, dp, dq, dc), each in its input's dtype.
+
+    dx = G (W + M ⊙ AB)   dW = Gᵀ X   dΔ = M ⊙ dW   dA = dΔ Bᵀ   dB = Aᵀ dΔ
+    dL = dW ⊙ AB ⊙ s(1 - s)/tau       dP = dL Qᵀ    dQ = Pᵀ dL   dc = Σ dL
+    """
+    sizes = sizes or (weight.shape[0],)
+    with full_precision(x.device):
+        exact = compute_dtype(weight.dtype)
+        wide_a, wide_b = _rounded(a, weight.dtype), _rounded(b, weight.dtype)
+        product = low_rank(wide_a, wide_b, sizes)
+        g = grad.reshape(-1, grad.shape[-1]).to(exact)
+        d_weight = g.T @ x.reshape(-1, x.shape[-1]).to(exact)
+        mask = None
+        if p is not None:
+            z = noisy_logits(p, q, gate_bias, sizes, weight.dtype, noise, uniforms)
+            mask = (z > 0).to(exact)
+        delta = product if mask is None else mask * product
+        dx = (g @ weight.to(exact) + g @ delta.to(weight.dtype).to(exact)).view(x.shape).to(x.dtype)
+        d_delta = d_weight if mask is None else mask * d_weight
+        da, db = _factor_gradients(d_delta, wide_a, wide_b, sizes)
+        if mask is None:
+            return dx, da.to(a.dtype), db.to(b.dtype), None, None, None
+        s = torch.sigmoid(z / tau)
+        d_logits = d_weight * product * (s * (1 - s) / tau)
+        dp, dq = _factor_gradients(d_logits, _rounded(p, weight.dtype), _rounded(q, weight.dtype), sizes)
+        dc = None if gate_bias is None else torch.stack([part.sum() for part in d_logits.split(sizes)]).to(gate_bias.dtype)
+        return dx, da.to(a.dtype), db.to(b.dtype), dp.to(p.dtype), dq.to(q.dtype), dc
+
+
+def _factor_gradients(d_product: Tensor, left: Tensor, right: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The gradients of left [N, r] and right [G, r, k] from that of their product [N, k]."""
+    parts = d_product.split(sizes)
+    d_left = torch.cat([part @ right[g].T for g, part in enumerate(parts)])
+    d_right = torch.stack([l.T @ part for l, part in zip(left.split(sizes), parts, strict=True)])
+    return d_left, d_right
+
+
+def gate_uniforms(noise: GateNoise, sizes: tuple[int, ...], k: int) -> Tensor:
+    """The uniforms of every backend, float64 `[N, k]`."""
+    device = next((v.device for v in (noise.seed, noise.step) if isinstance(v, Tensor)), torch.device("cpu"))
+    return draw_uniforms(noise, sum(sizes), k, device)
+
+
+@torch.no_grad()
+def gate_mask(p, q, gate_bias=None, *, sizes=None, noise=None, dtype=None) -> Tensor:
+    """M as bool `[N, k]`; `dtype` is that of the weight which the mask will meet (default: of p)."""
+    sizes = sizes or (p.shape[0],)
+    with full_precision(p.device):
+        return gate(p, q, gate_bias, sizes, dtype or p.dtype, noise) > 0.5
+
+
+@torch.no_grad()
+def fold_(weight, a, b, p=None, q=None, gate_bias=None, *, sizes=None, master=None) -> Tensor:
+    """W += [L > 0] ⊙ (A B) in place, summed in fp32 (fp64 for fp64) or in `master`, rounded once into `weight`."""
+    sizes = sizes or (weight.shape[0],)
+    with full_precision(weight.device):
+        delta = residual(a, b, p, q, gate_bias, sizes, weight.dtype)
+        total = weight.to(delta.dtype) if master is None else master
+        # an entry outside the mask must not change at all, not even from -0.0 to 0.0
+        total = torch.where(delta != 0, total + delta, total)
+        if master is not None:
+            master.copy_(total)
+        weight.copy_(total)
+    return weight
+
+
+def gate_penalties(a, b, p, q, gate_bias, *, sizes=None, noise=None, past=None, dtype=None, tau=1.0) -> tuple[Tensor, Tensor]:
+    """(sparsity, forgetting), both 0-dim: mean of sigmoid(L), and Σ (S ⊙ M ⊙ AB)² with S = `past` (0 where None)."""
+    sizes = sizes or (a.shape[0],)
+    dtype = dtype or a.dtype
+    with full_precision(a.device):
+        exact = compute_dtype(dtype)
+        zero = torch.zeros((), dtype=exact, device=a.device)
+        sparsity = zero if p is None else torch.sigmoid(logits(p, q, gate_bias, sizes, dtype)).mean()
+        if past is None:
+            return sparsity, zero
+        delta = residual(a, b, p, q, gate_bias, sizes, dtype, noise, tau=tau)
+        return sparsity, (past.to(exact) * delta).square().sum()

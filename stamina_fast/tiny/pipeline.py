@@ -1,0 +1,83 @@
+"""The shape of the small Stable Diffusion that travels with the package: 32 x 32 pixels, 8 x 8 x 12 latents."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from .world import vocabulary
+
+PIXELS = 32
+TEXT_LENGTH = 24
+TEXT_WIDTH = 128
+
+
+def build_tokenizer() -> CLIPTokenizer:
+    """A byte-pair vocabulary in which every word of the world is one token and any other text still has tokens."""
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789-.,'")
+    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters,
+                                  show_progress=False)
+    bpe.train_from_iterator([word for word in vocabulary() for _ in range(4)], trainer)
+    model = json.loads(bpe.to_str())["model"]
+    vocab = dict(model["vocab"])
+    for letter in letters:
+        for piece in (letter, letter + "</w>"):
+            vocab.setdefault(piece, len(vocab))
+    for special in (start, end):
+        vocab.setdefault(special, len(vocab))
+    merges = [tuple(pair) for pair in model["merges"]]
+    return CLIPTokenizer(vocab=vocab, merges=merges, unk_token=end, bos_token=start, eos_token=end, pad_token=end,
+                         model_max_length=TEXT_LENGTH)
+
+
+def build_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=12, block_out_channels=(16, 32, 64), layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=16,
+        sample_size=PIXELS, mid_block_add_attention=False,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=3 * TEXT_WIDTH, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=TEXT_LENGTH, projection_dim=TEXT_WIDTH,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    ))
+
+
+def build_unet(widths=(96, 192), layers=1) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=PIXELS // 4, in_channels=12, out_channels=12, block_out_channels=widths, layers_per_block=layers,
+        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
+        cross_attention_dim=TEXT_WIDTH, attention_head_dim=tuple(w // 32 for w in widths), norm_num_groups=16,
+    )
+
+
+def build_scheduler() -> DDIMScheduler:
+    # the last step holds no signal at all, so that whole-picture colours are learned too; that needs v-prediction
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False,
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
+def build_pipeline() -> StableDiffusionPipeline:
+    """The whole pipeline with fresh weights, fp32, on the CPU."""
+    tokenizer = build_tokenizer()
+    return StableDiffusionPipeline(
+        vae=build_vae(), text_encoder=build_text_encoder(tokenizer), tokenizer=tokenizer, unet=build_unet(),
+        scheduler=build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )
+
+
+def parameter_count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())

@@ -1,0 +1,213 @@
+"""Pre-train the small Stable Diffusion on the procedural world: `python -m stamina_fast.tiny.pretrain --work DIR`.
+
+Four stages, each resumable: pictures, autoencoder, denoiser (with the text encoder), export. Run again with the same
+folder to go on; `--steps` is the total. `--finish N` spends the last N steps on lowering the learning rate to zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from .pipeline import TEXT_LENGTH, build_pipeline
+from .world import scene, value_noise
+
+HELD_OUT = 1 << 40  # seeds from here on are never trained on
+
+
+def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, partial)
+    os.replace(partial, path)
+
+
+def log(path: Path, **row) -> None:
+    with path.open("a") as f:
+        f.write(json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in row.items()}) + "\n")
+    print(row, flush=True)
+
+
+def _scenes(seeds: range) -> tuple[np.ndarray, list[str]]:
+    made = [scene(seed) for seed in seeds]
+    return np.stack([image for image, _ in made]), [caption for _, caption in made]
+
+
+def pictures(work: Path, count: int) -> tuple[torch.Tensor, list[str]]:
+    """`count` scenes as uint8 `[count, 3, 32, 32]`, and their captions."""
+    path, captions_path = work / "pictures.safetensors", work / "captions.json"
+    if not path.exists():
+        with ProcessPoolExecutor() as pool:
+            parts = list(pool.map(_scenes, [range(i, min(i + 500, count)) for i in range(0, count, 500)]))
+        captions_path.write_text(json.dumps([c for _, captions in parts for c in captions]))
+        images = torch.from_numpy(np.concatenate([images for images, _ in parts])).permute(0, 3, 1, 2)
+        save({"images": images}, path)
+    return load_file(path)["images"], json.loads(captions_path.read_text())
+
+
+def textures(rng: np.random.Generator, count: int) -> torch.Tensor:
+    """Coloured noise with the falling spectrum of photographs, so that the autoencoder is not only good at shapes."""
+    out = np.zeros((count, 3, 32, 32), np.float32)
+    for image in out:
+        for cells in (2, 4, 8, 16):
+            image += (rng.normal(0, 1, (3, 1, 1)) * 0.5 + rng.normal(0, 1)) * (value_noise(rng, 32, cells) - 0.5) * 2 / cells**0.5
+    return torch.from_numpy(np.clip(out * 0.8 + rng.normal(0, 0.3, (count, 3, 1, 1)), -1, 1)).float()
+
+
+def train_autoencoder(vae, images, work: Path, steps: int, batch: int, device) -> None:
+    path = work / "vae.safetensors"
+    if path.exists():
+        vae.load_state_dict(load_file(path))
+        return
+    vae.to(device).train()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    draw, rng, start = torch.Generator().manual_seed(0), np.random.default_rng(0), time.time()
+    for step in range(steps):
+        x = images[torch.randint(len(images), (batch,), generator=draw)].float() / 127.5 - 1
+        # other colours and contrasts than the world's: channels swapped, the picture inverted, dimmed
+        x = x[:, torch.randperm(3, generator=draw)] * (torch.rand(batch, 1, 1, 1, generator=draw) * 1.6 - 0.6).sign()
+        x = torch.cat([x[: batch * 3 // 4], textures(rng, batch - batch * 3 // 4)]).to(device)
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+        loss = F.mse_loss(y, x) + 0.3 * F.l1_loss(y, x) + 3e-4 * posterior.kl().mean() / posterior.mean[0].numel()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            mse = F.mse_loss(y, x).item() / 4
+            log(work / "vae.jsonl", step=step, loss=loss.item(), psnr=-10 * np.log10(mse), seconds=time.time() - start)
+    save(vae.state_dict(), path)
+
+
+@torch.no_grad()
+def encode(vae, images, work: Path, device) -> torch.Tensor:
+    """The latent means of all pictures, scaled to unit deviation, fp16; the scale is registered in the configuration."""
+    path = work / "latents.safetensors"
+    if not path.exists():
+        vae.to(device).eval()
+        means = [vae.encode(x.to(device).float() / 127.5 - 1).latent_dist.mean.cpu() for x in images.split(500)]
+        save({"latents": torch.cat(means).half()}, path)
+    latents = load_file(path)["latents"]
+    scale = 1 / latents[:2000].float().std().item()
+    vae.register_to_config(scaling_factor=scale)
+    return latents.float().mul_(scale).half()
+
+
+class Checkpoint:
+    """Weights, their moving average, AdamW's moments, the step and the random state, in one safetensors file."""
+
+    def __init__(self, path: Path, parameters: dict[str, torch.nn.Parameter], optimizer, draw: torch.Generator):
+        self.path, self.parameters, self.optimizer, self.draw, self.step = path, parameters, optimizer, draw, 0
+        self.average = {k: p.detach().clone() for k, p in parameters.items()}
+
+    def update_average(self) -> None:
+        decay = min(0.999, (self.step + 1) / (self.step + 10))
+        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    def save(self) -> None:
+        tensors = {"step": torch.tensor(self.step), "draw": self.draw.get_state()}
+        for name, p in self.parameters.items():
+            state = self.optimizer.state[p]
+            tensors |= {f"weight/{name}": p.detach(), f"average/{name}": self.average[name],
+                        f"exp_avg/{name}": state["exp_avg"], f"exp_avg_sq/{name}": state["exp_avg_sq"]}
+        save(tensors, self.path)
+
+    def load(self) -> None:
+        if not self.path.exists():
+            return
+        tensors = load_file(self.path)
+        self.step = int(tensors["step"])
+        self.draw.set_state(tensors["draw"])
+        for name, p in self.parameters.items():
+            p.data.copy_(tensors[f"weight/{name}"])
+            self.average[name].copy_(tensors[f"average/{name}"])
+            moments = {key: tensors[f"{key}/{name}"].to(p.device) for key in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+
+
+def train_denoiser(pipe, latents, captions, work: Path, steps: int, batch: int, finish: int, peak: float, device) -> int:
+    unet, text = pipe.unet.to(device).train(), pipe.text_encoder.to(device).train()
+    parameters = {f"unet.{k}": p for k, p in unet.named_parameters()} | {f"text.{k}": p for k, p in text.named_parameters()}
+    decayed = [p for p in parameters.values() if p.ndim > 1]
+    plain = [p for p in parameters.values() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.01}, {"params": plain, "weight_decay": 0.0}],
+                                  lr=peak, betas=(0.9, 0.99))
+    draw = torch.Generator().manual_seed(1)
+    checkpoint = Checkpoint(work / "denoiser.safetensors", parameters, optimizer, draw)
+    checkpoint.load()
+    ids = pipe.tokenizer([""] + captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+    alphas = pipe.scheduler.alphas_cumprod
+    start, losses = time.time(), []
+    while checkpoint.step < steps:
+        step = checkpoint.step
+        rate = peak * min(1, (step + 1) / 200) * (min(1, (steps - step) / finish) if finish else 1)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        pick = torch.randint(len(latents), (batch,), generator=draw)
+        keep = torch.rand(batch, generator=draw) > 0.1
+        # stratified timesteps: one from each of `batch` equal slices, which lowers the variance of the gradient
+        t = ((torch.arange(batch) + torch.rand(batch, generator=draw)) * 1000 / batch).long()
+        clean = latents[pick].float()
+        noise = torch.randn(clean.shape, generator=draw)
+        a = alphas[t].sqrt().view(-1, 1, 1, 1)
+        s = (1 - alphas[t]).sqrt().view(-1, 1, 1, 1)
+        noisy, target = a * clean + s * noise, a * noise - s * clean
+        states = text(ids[(pick + 1) * keep].to(device)).last_hidden_state
+        loss = F.mse_loss(unet(noisy.to(device), t.to(device), states).sample, target.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0)
+        optimizer.step()
+        checkpoint.step += 1
+        checkpoint.update_average()
+        losses.append(loss.item())
+        if checkpoint.step % 100 == 0 or checkpoint.step == steps:
+            log(work / "denoiser.jsonl", step=checkpoint.step, loss=float(np.mean(losses)), batch=batch, rate=rate,
+                seconds=time.time() - start)
+            losses = []
+        if checkpoint.step % 500 == 0 or checkpoint.step == steps:
+            checkpoint.save()
+    for name, p in parameters.items():
+        p.data.copy_(checkpoint.average[name])
+    return checkpoint.step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="pictures, checkpoints and logs")
+    parser.add_argument("--output", type=Path, help="where to write the pipeline (fp16); default: WORK/model")
+    parser.add_argument("--pictures", type=int, default=60_000)
+    parser.add_argument("--autoencoder-steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=20_000, help="total steps of the denoiser")
+    parser.add_argument("--finish", type=int, default=0, help="lower the learning rate to 0 over the last N steps")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=0)
+    arguments = parser.parse_args()
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    work = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    pipe = build_pipeline()
+    images, captions = pictures(work, arguments.pictures)
+    train_autoencoder(pipe.vae, images, work, arguments.autoencoder_steps, 64, device)
+    latents = encode(pipe.vae, images, work, device)
+    train_denoiser(pipe, latents, captions, work, arguments.steps, arguments.batch, arguments.finish, arguments.rate, device)
+    pipe.to("cpu", torch.float16).save_pretrained(arguments.output or work / "model", safe_serialization=True)
+
+
+if __name__ == "__main__":
+    main()
