@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import stamina_fast as sf
+from stamina_fast.errors import InputError
 
 from .shapes import SHAPES, Shape
 
@@ -102,22 +103,23 @@ def time_arms(arms: dict[str, Callable[[], None]], rounds: int, device: str) -> 
 
 
 def run(
-    shape: str = "small", device: str = "cpu", dtype: str = "float32", batch: int = 1, rank: int = 16, rounds: int = 7,
+    shape: str = "small", device: str | None = None, dtype: str = "float32", batch: int = 1, rank: int = 16, rounds: int = 7,
     backends: list[str] | None = None, output: Path | None = None,
 ) -> dict:
     """Time, print and return `{"machine": …, "arms": {name: [milliseconds]}}`; `output` also writes it as JSON.
 
-    `backends` default to those that `stamina_fast.backends()` calls available. Raises ValueError for an unknown shape,
-    dtype or backend.
+    `device` defaults to a GPU where there is one, `backends` to all that run on it. Raises InputError for an unknown
+    shape, dtype or backend.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     for kind, value, known in (("shape", shape, SHAPES), ("dtype", dtype, DTYPES)):
         if value not in known:
-            raise ValueError(f"{kind} must be one of {', '.join(known)}, got {value!r}")
+            raise InputError(f"{kind} must be one of {', '.join(known)}, got {value!r}")
     status = sf.backends()
     backends = backends or [name for name, (available, _) in status.items() if available]
     for name in backends:
         if not status.get(name, (False, ""))[0]:
-            raise ValueError(f"backend {name!r} cannot run here: {status.get(name, (False, 'there is none of that name'))[1]}")
+            raise InputError(f"backend {name!r} cannot run here: {status.get(name, (False, 'there is none of that name'))[1]}")
     arguments = build(SHAPES[shape], batch=batch, rank=rank, dtype=DTYPES[dtype], device=device)
     times = time_arms(build_arms(arguments, backends), rounds, device)
     machine = {
@@ -148,7 +150,7 @@ def show(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", default="small", choices=SHAPES)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     for name, default in (("batch", 1), ("rank", 16), ("rounds", 7)):
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -1,0 +1,183 @@
+"""The command line: `stamina-fast demo | train | sample | evaluate | export | bench | doctor`.
+
+Each command imports what it runs when it runs, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from .errors import StaminaError
+
+
+def explain(error: Exception) -> str:
+    """One line for an error that the person at the keyboard can put right."""
+    if isinstance(error, OSError) and not isinstance(error, StaminaError) and error.errno is not None:
+        where = f"{error.filename}: " if error.filename else ""
+        remedy = {
+            errno.ENOSPC: "; free some space and run the command again",
+            errno.EACCES: "; change its permissions or pass another place",
+            errno.EROFS: "; pass a place that can be written",
+        }.get(error.errno, "")
+        return f"{where}{error.strerror}{remedy}"
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class Commands(TyperGroup):
+    """Errors of the person's own making end as one line and exit code 2; any other one keeps its traceback."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except (StaminaError, OSError) as error:
+            if ctx.params["debug"]:
+                raise
+            typer.secho(f"stamina-fast: {explain(error)}", fg="red", err=True)
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="Teach a Stable Diffusion model one concept after another: hard-masked low-rank residuals that fold into its weights.",
+)
+
+
+@app.callback()
+def common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of every error.")] = False,
+) -> None:
+    pass
+
+
+Run = Annotated[Path, typer.Argument(help="The RUN folder that `train` or `demo` left.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
+Device = Annotated[str | None, typer.Option(help="For instance cpu or cuda:0. Default: a GPU where there is one.")]
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="The RUN folder to leave.")] = Path("runs/demo"),
+    quick: Annotated[bool, typer.Option("--quick", help="Few steps: shows that everything works, not what it can do.")] = False,
+) -> None:
+    """Teach the small model that travels with the package several photographed subjects, one after another."""
+    from .demo import run_demo
+
+    run_demo(output, quick)
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="A diffusers folder, the id of a model in the local hub cache, or tiny.")],
+    concepts: Annotated[Path, typer.Option(help="concepts_list.json, or a folder with one folder of pictures a concept.")],
+    output: Annotated[Path, typer.Option(help="The RUN folder to make.")],
+    method: Annotated[str, typer.Option(help="Which residual is trained; a wrong name lists them all.")] = "stamina",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps a concept.")] = 500,
+    rank: Annotated[int | None, typer.Option(min=1, help="Of the residual A B; default: the method's own.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Pictures a step.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the factors and masks.")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last concept that RUN has finished.")] = False,
+) -> None:
+    """Learn every concept in turn, and fold each into the weights before the next."""
+    from .train import train as run
+
+    options = {"rank": rank, "batch": batch, "learning_rate": learning_rate, "device": device}
+    given = {name: value for name, value in options.items() if value is not None}
+    run(model, concepts, output, method=method, steps=steps, seed=seed, resume=resume, **given)
+
+
+@app.command()
+def sample(
+    model: Annotated[str, typer.Argument(help="A RUN folder, a diffusers folder, a hub id in the local cache, or tiny.")],
+    prompt: Annotated[str, typer.Option(help="What to draw, for instance: a photo of <cat>")],
+    count: Annotated[int, typer.Option(min=1, help="How many pictures.")] = 4,
+    seed: Seed = 0,
+    guidance: Annotated[float, typer.Option(min=1.0, help="Classifier-free guidance; 1 is none.")] = 7.5,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 50,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures, which must not exist or be empty.")] = Path("samples"),
+    device: Device = None,
+) -> None:
+    """Draw pictures of a prompt: one PNG each, whose noise depends on the seed and its number alone."""
+    from .io.files import new_folder
+    from .sampling import sample as draw, to_pil
+    from .train.backbone import load_pipeline
+
+    run = Path(model)
+    pipeline = load_pipeline(run / "model" if (run / "manifest.json").is_file() else model, device)
+    with new_folder(output) as partial:
+        for number, picture in enumerate(to_pil(draw(pipeline, prompt, count, seed=seed, guidance=guidance, steps=steps))):
+            picture.save(partial / f"{number:04d}.png")
+    typer.echo(f"{count} picture{'s' * (count > 1)} in {output}")
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    device: Device = None,
+) -> None:
+    """Measure what was learned and what was forgotten (A_mmd, F_mmd, P_mmd), with grids and plots, into RUN."""
+    from .evaluate import evaluate_run
+
+    evaluate_run(run, device=device)
+
+
+class Format(StrEnum):
+    diffusers = "diffusers"
+
+
+@app.command()
+def export(
+    run: Run,
+    output: Annotated[Path, typer.Option(help="The folder to make; it must not exist.")],
+    format: Annotated[Format, typer.Option(help="diffusers: a folder that from_pretrained reads.")] = Format.diffusers,
+    tasks: Annotated[str | None, typer.Option(help="Only these concepts, by name: cat,coffee. Default: all.")] = None,
+) -> None:
+    """Write a folded model that needs nothing of this package."""
+    from .export import export_diffusers
+
+    names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    export_diffusers(run, output, names)
+    typer.echo(f"{output}: load it with diffusers.DiffusionPipeline.from_pretrained({str(output)!r})")
+
+
+@app.command()
+def bench(
+    shape: Annotated[str, typer.Option(help="small, sd15, sd21 or sdxl: the K/V projections of that U-Net.")] = "small",
+    device: Device = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts a step.")] = 1,
+    rank: Annotated[int, typer.Option(min=1, help="Of the residual and of the mask.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that every arm runs.")] = 7,
+    backend: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: every one that runs here.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Also write every time as JSON.")] = None,
+) -> None:
+    """Time masked K/V of a whole U-Net beside plain projections on this machine."""
+    from .bench.run import run as measure
+
+    measure(shape=shape, device=device, dtype=dtype, batch=batch, rank=rank, rounds=rounds, backends=backend, output=output)
+
+
+@app.command()
+def doctor() -> None:
+    """Say what this machine can run, what is missing, and how to get it. Fails only if something required is missing."""
+    from rich.console import Console
+
+    from .doctor import report
+
+    raise typer.Exit(0 if report(Console()) else 1)
+
+
+def main() -> None:
+    app(prog_name="stamina-fast")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

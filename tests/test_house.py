@@ -1,0 +1,189 @@
+"""The rules of the house that no single module can hold: who may import whom, what the wheel carries, what never appears."""
+
+import ast
+import io
+import os
+import re
+import subprocess
+import sys
+import tokenize
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "stamina_fast"
+
+# from the bottom up: a part may import the parts before it and itself
+LAYERS = (
+    ("errors", "seeds"),
+    ("noise",),
+    ("reference",),
+    ("kernels",),
+    ("dispatch",),
+    ("ops",),
+    ("functional",),
+    ("config", "masks"),
+    ("stack",),
+    ("attach",),
+    ("io",),
+    ("tokens",),
+    ("methods",),
+    ("tiny",),
+    ("sampling",),
+    ("train",),
+    ("evaluate",),
+    ("export", "bench", "doctor"),
+    ("demo",),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FOLDERS = {"stamina_fast": PACKAGE, "kernels": ROOT / "kernels", "bench": ROOT / "bench"}
+
+
+def modules():
+    """(part, dotted module name, file) of every module that ships."""
+    for name, folder in FOLDERS.items():
+        prefix = () if name == "stamina_fast" else (name,)
+        for path in sorted(folder.rglob("*.py")):
+            parts = (*prefix, *path.relative_to(folder).with_suffix("").parts)
+            if parts != ("__init__",):
+                yield parts[0], ".".join(("stamina_fast", *parts)), path
+
+
+def imported_parts(path: Path, module: str):
+    """The parts of stamina_fast that a file imports anywhere in it, inside functions too, with the line."""
+    package = module.split(".")[:-1]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            stem = ".".join([*base, *([node.module] if node.module else [])])
+            names = [f"{stem}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "stamina_fast":
+                yield (parts[1] if len(parts) > 1 else ""), node.lineno
+
+
+MODULES = list(modules())
+
+
+def test_the_parts_are_the_known_ones():
+    assert {part for part, _, _ in MODULES} <= set(LEVEL), "a new part: give it its level in LAYERS"
+
+
+@pytest.mark.parametrize(("part", "module", "path"), MODULES, ids=[module for _, module, _ in MODULES])
+def test_imports_go_downwards(part, module, path):
+    # names of the public surface, as in `import stamina_fast as sf`, are no parts; only tools above train use them
+    upwards = [
+        f"{path.relative_to(ROOT)}:{line} imports {target}"
+        for target, line in imported_parts(path, module)
+        if (target in LEVEL and target != part and LEVEL[target] >= LEVEL[part])
+        or (target not in LEVEL and LEVEL[part] < LEVEL["export"])
+    ]
+    assert not upwards
+
+
+def test_reference_imports_only_torch():
+    for node in ast.walk(ast.parse((PACKAGE / "reference.py").read_text())):
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= {"torch", "math"}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            assert node.module.split(".")[0] in {"__future__", "collections", "contextlib", "torch", "typing"}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module == "noise"
+
+
+def test_kernels_is_no_package():
+    """A top-level package `kernels` would shadow the one that diffusers imports."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def code_of(path: Path) -> str:
+    """The source without comments and strings."""
+    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
+    return " ".join(token.string for token in tokens if token.type in (tokenize.NAME, tokenize.OP))
+
+
+@pytest.mark.parametrize("folder", ["stamina_fast", "kernels", "bench", "tests"])
+def test_no_file_format_that_runs_code(folder):
+    forbidden = re.compile(r"\b(c?pickle|cloudpickle|dill|joblib|shelve|marshal)\b|\btorch \. (load|save)\b|\ballow_pickle\b")
+    found = {str(p): m.group() for p in (ROOT / folder).rglob("*.py") if (m := forbidden.search(code_of(p)))}
+    assert not found
+
+
+def test_files_stay_readable():
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for folder in (*FOLDERS.values(), ROOT / "tests")
+        for path in folder.rglob("*.py")
+        # the word lists and painters of the procedural world are data
+        if path != PACKAGE / "tiny" / "world.py" and (lines := len(path.read_text().splitlines())) > 400
+    }
+    assert not long
+
+
+@pytest.mark.parametrize("first", ["stamina_fast.attach", "stamina_fast.train", "stamina_fast.cli"])
+def test_public_names_do_not_depend_on_what_was_imported_first(first):
+    """Importing the module stamina_fast.attach binds its name in the package, where the function of that name lives."""
+    program = f"import {first}\nimport stamina_fast as sf\nfor n in sf.__all__: getattr(sf, n)\nassert callable(sf.attach)\n"
+    program += "assert callable(sf.train)\nassert not hasattr(sf.train, '__path__')"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def isolated(program: str, cwd: Path, path: Path) -> str:
+    """The output of a program that sees the unpacked wheel first, and not this checkout."""
+    guard = f"import sys\nsys.meta_path[:] = [f for f in sys.meta_path if 'ScikitBuild' not in type(f).__name__]\n" \
+            f"sys.path.insert(0, {str(path)!r})\n"
+    done = subprocess.run(
+        [sys.executable, "-c", guard + program], cwd=cwd, capture_output=True, text=True, timeout=240,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("scikit_build_core")
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--wheel-dir", str(folder)]
+    subprocess.run([*build, str(ROOT)], check=True, timeout=240)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_is_pure_and_complete(wheel):
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        carried = set(archive.namelist())
+    wanted = {
+        f"stamina_fast/{'' if name == 'stamina_fast' else name + '/'}{path.relative_to(folder)}"
+        for name, folder in FOLDERS.items() for path in folder.rglob("*.py")
+    }
+    model = PACKAGE / "tiny" / "model"
+    wanted |= {f"stamina_fast/{path.relative_to(PACKAGE)}" for path in model.rglob("*") if path.is_file()}
+    assert (model / "model_index.json").is_file()
+    assert any(path.startswith("stamina_fast/kernels/") for path in wanted)
+    assert wanted <= carried
+    assert not [name for name in carried if "__pycache__" in name or name.startswith(("tests/", "kernels/", "bench/"))]
+
+
+def test_wheel_works_without_the_checkout(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    names = [f"kernels.{path.stem}" for path in (ROOT / "kernels").glob("*.py")] + ["bench.run"]
+    program = (
+        "import importlib, stamina_fast as sf\n"
+        f"files = [importlib.import_module(f'stamina_fast.{{name}}').__file__ for name in {names}]\n"
+        "print('\\n'.join([*files, sf.__file__]))\nprint(sf.backends()['reference'][0])"
+    )
+    *files, available = isolated(program, tmp_path, tmp_path / "site").split()
+    assert available == "True"
+    assert all(Path(file).is_relative_to(tmp_path / "site") for file in files)
+    assert len(files) == len(names) + 1
