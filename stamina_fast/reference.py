@@ -17,7 +17,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .noise import GateNoise, uniforms as draw_uniforms
+from .noise import GateNoise
+from .noise import uniforms as draw_uniforms
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -1,4 +1,4 @@
-"""The shape of the small Stable Diffusion that travels with the package: 32 x 32 pixels, 8 x 8 x 12 latents."""
+"""The shape of the small Stable Diffusion that travels with the package: 32 x 32 pixels, 16 x 16 x 6 latents."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .world import vocabulary
 PIXELS = 32
 TEXT_LENGTH = 24
 TEXT_WIDTH = 128
+LATENT_CHANNELS = 6
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -38,9 +39,10 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_vae() -> AutoencoderKL:
+    # one halving only: a decoder of nearest-neighbour upsamplings cannot tell the pixels of a wider cell apart
     return AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=12, block_out_channels=(16, 32, 64), layers_per_block=1,
-        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=16,
+        in_channels=3, out_channels=3, latent_channels=LATENT_CHANNELS, block_out_channels=(24, 48), layers_per_block=1,
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8,
         sample_size=PIXELS, mid_block_add_attention=False,
     )
 
@@ -53,11 +55,14 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     ))
 
 
-def build_unet(widths=(96, 192), layers=1) -> UNet2DConditionModel:
+def build_unet() -> UNet2DConditionModel:
+    widths = (32, 96, 160)
     return UNet2DConditionModel(
-        sample_size=PIXELS // 4, in_channels=12, out_channels=12, block_out_channels=widths, layers_per_block=layers,
-        down_block_types=("CrossAttnDownBlock2D",) * 2, up_block_types=("CrossAttnUpBlock2D",) * 2,
-        cross_attention_dim=TEXT_WIDTH, attention_head_dim=tuple(w // 32 for w in widths), norm_num_groups=16,
+        sample_size=PIXELS // 2, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=widths,
+        layers_per_block=1, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=TEXT_WIDTH,
+        # the number of heads: 32 channels each
+        attention_head_dim=tuple(w // 32 for w in widths), norm_num_groups=16,
     )
 
 

@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from .canvas import value_noise
 from .pipeline import TEXT_LENGTH, build_pipeline
-from .world import scene, value_noise
-
-HELD_OUT = 1 << 40  # seeds from here on are never trained on
+from .world import scene
 
 
 def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -58,7 +57,8 @@ def textures(rng: np.random.Generator, count: int) -> torch.Tensor:
     out = np.zeros((count, 3, 32, 32), np.float32)
     for image in out:
         for cells in (2, 4, 8, 16):
-            image += (rng.normal(0, 1, (3, 1, 1)) * 0.5 + rng.normal(0, 1)) * (value_noise(rng, 32, cells) - 0.5) * 2 / cells**0.5
+            colour = rng.normal(0, 1, (3, 1, 1)) * 0.5 + rng.normal(0, 1)
+            image += colour * (value_noise(rng, 32, cells) - 0.5) * 2 / cells**0.5
     return torch.from_numpy(np.clip(out * 0.8 + rng.normal(0, 0.3, (count, 3, 1, 1)), -1, 1)).float()
 
 
@@ -75,7 +75,7 @@ def train_autoencoder(vae, images, work: Path, steps: int, batch: int, device) -
         x = images[torch.randint(len(images), (batch,), generator=draw)].float() / 127.5 - 1
         # other colours and contrasts than the world's: channels swapped, the picture inverted, dimmed
         x = x[:, torch.randperm(3, generator=draw)] * (torch.rand(batch, 1, 1, 1, generator=draw) * 1.6 - 0.6).sign()
-        x = torch.cat([x[: batch * 3 // 4], textures(rng, batch - batch * 3 // 4)]).to(device)
+        x = torch.cat([x[: batch * 3 // 4], textures(rng, batch // 4)]).to(device)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
         loss = F.mse_loss(y, x) + 0.3 * F.l1_loss(y, x) + 3e-4 * posterior.kl().mean() / posterior.mean[0].numel()
@@ -86,7 +86,7 @@ def train_autoencoder(vae, images, work: Path, steps: int, batch: int, device) -
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
             mse = F.mse_loss(y, x).item() / 4
-            log(work / "vae.jsonl", step=step, loss=loss.item(), psnr=-10 * np.log10(mse), seconds=time.time() - start)
+            log(work / "vae.jsonl", step=step, loss=loss.item(), psnr=-10 * float(np.log10(mse)), seconds=time.time() - start)
     save(vae.state_dict(), path)
 
 
@@ -146,7 +146,8 @@ def train_denoiser(pipe, latents, captions, work: Path, steps: int, batch: int, 
     draw = torch.Generator().manual_seed(1)
     checkpoint = Checkpoint(work / "denoiser.safetensors", parameters, optimizer, draw)
     checkpoint.load()
-    ids = pipe.tokenizer([""] + captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt").input_ids
+    padded = pipe.tokenizer(["", *captions], padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+    ids = padded.input_ids
     alphas = pipe.scheduler.alphas_cumprod
     start, losses = time.time(), []
     while checkpoint.step < steps:
@@ -203,7 +204,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     pipe = build_pipeline()
     images, captions = pictures(work, arguments.pictures)
-    train_autoencoder(pipe.vae, images, work, arguments.autoencoder_steps, 64, device)
+    train_autoencoder(pipe.vae, images, work, arguments.autoencoder_steps, 32, device)
     latents = encode(pipe.vae, images, work, device)
     train_denoiser(pipe, latents, captions, work, arguments.steps, arguments.batch, arguments.finish, arguments.rate, device)
     pipe.to("cpu", torch.float16).save_pretrained(arguments.output or work / "model", safe_serialization=True)
