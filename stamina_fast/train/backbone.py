@@ -1,0 +1,136 @@
+"""A Stable Diffusion pipeline as the trainer sees it: where it comes from, its prompts as ids, its text states, its U-Net."""
+
+from __future__ import annotations
+
+import contextlib
+from importlib import resources
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from ..errors import InputError
+
+TINY = "tiny"
+PARTS = ("unet", "vae", "text_encoder", "tokenizer")
+
+
+def load_pipeline(model, device=None, dtype: torch.dtype | None = None):
+    """A Stable Diffusion pipeline on `device` in `dtype`.
+
+    model   a pipeline (which keeps its device and dtype unless told otherwise), a diffusers folder, the id of a model in
+            the local Hugging Face cache, or "tiny", the small model that travels with this package
+    device  default: the first GPU where there is one
+    dtype   default: bfloat16 on a GPU, float32 on a CPU; float16 is refused, its gradients underflow
+
+    Raises InputError in one line. Only safetensors files are read, and nothing is downloaded.
+    """
+    if dtype == torch.float16:
+        raise InputError("dtype must be float32 or bfloat16, got float16, whose gradients underflow; pass torch.bfloat16")
+    if isinstance(model, str | Path):
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+        pipeline = _from_files(model, dtype)
+    else:
+        pipeline = model
+    missing = [part for part in PARTS if getattr(pipeline, part, None) is None]
+    if missing:
+        raise InputError(
+            f"the model must be a Stable Diffusion pipeline with {', '.join(PARTS)}, got {type(pipeline).__name__} without "
+            f"{', '.join(missing)}; use a Stable Diffusion 1.5, 2.1 or XL model"
+        )
+    channels = pipeline.vae.config.latent_channels
+    if pipeline.unet.config.in_channels != channels:
+        raise InputError(
+            f"the U-Net must take the VAE's {channels} channels, got {pipeline.unet.config.in_channels}; inpainting and "
+            "instruction models cannot be trained, use their text-to-image base"
+        )
+    if pipeline.unet.dtype == torch.float16 and dtype is None:
+        raise InputError("the pipeline is in float16, whose gradients underflow; load it in bfloat16 or float32, or pass dtype")
+    if device is not None or dtype is not None:
+        pipeline.to(device=device, dtype=dtype)
+    return pipeline
+
+
+def _from_files(model: str | Path, dtype: torch.dtype):
+    if str(model) == TINY:
+        source = resources.files("stamina_fast.tiny") / "model"
+    else:
+        source = Path(model).expanduser()
+    if not (source / "model_index.json").is_file():
+        if source.is_dir() or str(model) == TINY or str(model).count("/") != 1 or str(model).startswith((".", "~", "/")):
+            raise InputError(f"{source} is no diffusers folder: it has no model_index.json; pass one, a hub id or 'tiny'")
+        source = str(model)
+    try:
+        return DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        hub = isinstance(source, str)
+        hint = f"; a hub id is looked up on this machine only, fetch it with: hf download {source}" if hub else ""
+        raise InputError(f"cannot load the model {source}: {first}{hint}") from error
+
+
+def resolution_of(pipeline) -> int:
+    """The side in pixels of the pictures this model makes by default."""
+    size = pipeline.unet.config.sample_size
+    return (size if isinstance(size, int) else min(size)) * pipeline.vae_scale_factor
+
+
+@contextlib.contextmanager
+def frozen(pipeline):
+    """Every module in inference mode of its layers and without gradients, as it was afterwards."""
+    modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
+    flags = [(p, p.requires_grad) for m in modules for p in m.parameters()]
+    modes = [(m, m.training) for m in modules]
+    try:
+        for module in modules:
+            module.requires_grad_(False).eval()
+        yield
+    finally:
+        for p, flag in flags:
+            p.requires_grad_(flag)
+        for module, mode in modes:
+            module.train(mode)
+
+
+class Backbone:
+    """Prompts to ids, ids to text states, states to the U-Net's prediction, for one text encoder or two."""
+
+    def __init__(self, pipeline):
+        self.unet = pipeline.unet
+        second = getattr(pipeline, "text_encoder_2", None)
+        self.double = second is not None
+        self.tokenizers = [pipeline.tokenizer] + ([pipeline.tokenizer_2] if self.double else [])
+        self.encoders = [pipeline.text_encoder] + ([second] if self.double else [])
+        # the tower of Stable Diffusion XL takes the pooled text and six numbers about the picture's frame
+        self.framed = self.unet.config.addition_embed_type == "text_time"
+
+    def tokenise(self, prompts: list[str], token: str) -> list[Tensor]:
+        """Ids [prompts, length] int64 of each tokenizer. Raises InputError where `token` is missing or cut off."""
+        out = []
+        for tokenizer in self.tokenizers:
+            wanted = tokenizer.convert_tokens_to_ids(token)
+            ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
+                            return_tensors="pt").input_ids
+            for prompt, row in zip(prompts, ids, strict=True):
+                if wanted not in row:
+                    length = tokenizer.model_max_length
+                    why = f"it is longer than the model's {length} tokens" if token in prompt else "it does not"
+                    raise InputError(f"the prompt {prompt!r} must hold the token {token}, but {why}; shorten or correct it")
+            out.append(ids)
+        return out
+
+    def encode(self, ids: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Text states [batch, length, k], and the pooled text [batch, d] where the U-Net takes it."""
+        if not self.double:
+            return self.encoders[0](ids[0])[0], None
+        first = self.encoders[0](ids[0], output_hidden_states=True)
+        second = self.encoders[1](ids[1], output_hidden_states=True)
+        # the last layer but one of both, side by side, as the XL pipeline does
+        return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second[0]
+
+    def predict(self, noisy: Tensor, t: Tensor, states: Tensor, pooled: Tensor | None, frames: Tensor) -> Tensor:
+        """The U-Net's output for noisy latents [batch, c, h, w]; frames [batch, 6]: original size, crop, target size."""
+        added = {"text_embeds": pooled, "time_ids": frames.to(states.dtype)} if self.framed else None
+        return self.unet(noisy.to(states.dtype), t, encoder_hidden_states=states, added_cond_kwargs=added).sample

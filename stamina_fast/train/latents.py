@@ -1,0 +1,97 @@
+"""A concept's pictures as latents: several crops of each, encoded once, resampled from mean and deviation at each step."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class LatentBank:
+    """n variants of the pictures of one concept.
+
+    mean, deviation   [n, c, h, w] fp32, of the posterior q(z | picture), not yet scaled
+    picture           [n] int64: which picture a variant shows
+    frames            [n, 4] fp32: height and width of the picture as it was resized, top and left of the crop (pixels)
+    scale, shift      the VAE's: the U-Net sees (z - shift) * scale
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    picture: Tensor
+    frames: Tensor
+    scale: float
+    shift: float
+
+    def __len__(self) -> int:
+        return len(self.mean)
+
+    def draw(self, index: Tensor, noise: Tensor) -> Tensor:
+        """Latents [batch, c, h, w] of the variants `index` [batch] int64, z = mean + deviation * noise, scaled."""
+        return (self.mean[index] + self.deviation[index] * noise - self.shift) * self.scale
+
+
+def crop(image: Tensor, size: int, share: float, position: tuple[float, float], flip: bool) -> tuple[Tensor, Tensor]:
+    """A square of `share` of the shorter side, as [3, size, size], and its frame [4] (see `LatentBank.frames`).
+
+    image [3, H, W] in [-1, 1]; position: where the square lies, (0, 0) top left and (1, 1) bottom right.
+    """
+    height, width = image.shape[1:]
+    side = max(1, round(min(height, width) * share))
+    top, left = round((height - side) * position[0]), round((width - side) * position[1])
+    square = image[None, :, top : top + side, left : left + side].float()
+    if side != size:
+        square = F.interpolate(square, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    zoom = size / side
+    frame = torch.tensor([height * zoom, width * zoom, top * zoom, left * zoom]).round()
+    return (square.flip(-1) if flip else square)[0], frame
+
+
+def variants(images: list[Tensor], size: int, count: int, least: float, flip: bool, seed: int):
+    """`count` squares of each picture, the middle one whole first, then random ones.
+
+    Returns squares [n, 3, size, size] in [-1, 1], the picture that each shows [n] int64, and their frames [n, 4].
+    """
+    squares, picture, frames = [], [], []
+    for i, image in enumerate(images):
+        for j in range(count):
+            draw = torch.Generator().manual_seed(derive_seed(seed, i, j))
+            share, y, x, mirror = torch.rand(4, generator=draw).tolist()
+            # squared so that areas, not sides, are uniform
+            share = 1.0 if j == 0 else math.sqrt(least**2 + (1 - least**2) * share)
+            square, frame = crop(image, size, share, (0.5, 0.5) if j == 0 else (y, x), flip and j > 0 and mirror < 0.5)
+            squares.append(square)
+            picture.append(i)
+            frames.append(frame)
+    return torch.stack(squares), torch.tensor(picture), torch.stack(frames)
+
+
+@contextlib.contextmanager
+def full_precision(vae):
+    """The VAE in fp32 for a while: the encoders of Stable Diffusion XL overflow in half precision."""
+    before = next(vae.parameters()).dtype
+    # plain Module.to: the override in diffusers logs a warning about modules that ask for fp32, which is what this gives
+    try:
+        yield torch.nn.Module.to(vae, torch.float32)
+    finally:
+        torch.nn.Module.to(vae, before)
+
+
+@torch.no_grad()
+def encode(vae, squares: Tensor, picture: Tensor, frames: Tensor, batch: int) -> LatentBank:
+    """The posterior of every variant, `batch` at a time. squares [n, 3, size, size] in [-1, 1]."""
+    device = next(vae.parameters()).device
+    with full_precision(vae):
+        posteriors = [vae.encode(part.to(device)).latent_dist for part in squares.split(batch)]
+    shift = vae.config.get("shift_factor", None)
+    return LatentBank(
+        mean=torch.cat([p.mean for p in posteriors]), deviation=torch.cat([p.std for p in posteriors]),
+        picture=picture.to(device), frames=frames.to(device), scale=vae.config.scaling_factor, shift=shift or 0.0,
+    )

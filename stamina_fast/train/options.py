@@ -1,0 +1,94 @@
+"""How to train, as data: checked once, written into the RUN folder, compared when a run is resumed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+from ..errors import InputError
+
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Everything about training that is not the method itself (that is `StaminaConfig`).
+
+    steps, batch            optimizer steps of a concept, and pictures in a step
+    learning_rate           of the low-rank factors and the masks; AdamW
+    token_learning_rate     of the MLP that makes the concept's token
+    lr_schedule, warmup     "constant", "linear" or "cosine" fall to zero over a concept, after `warmup` steps of linear rise
+    betas, weight_decay     of AdamW; the decay pulls the residual to zero, so it is off by default
+    gradient_clip           largest L2 norm of the whole gradient; None: no clipping
+    min_snr                 gamma of min-SNR weighting (5 is usual); None: every timestep counts the same
+    resolution              side of the square crops in pixels; None: the model's own
+    crops, crop_scale       variants of each picture that are encoded once; the least side of one as a share of the picture's
+    flip                    half of the variants are mirrored
+    seed                    of everything random, with the task and the step
+    gradient_checkpointing  the U-Net recomputes its activations: less memory, more time
+    read_every              steps between two looks of the host at losses and non-finite values (each waits for the device)
+    """
+
+    steps: int = 500
+    batch: int = 4
+    learning_rate: float = 1e-3
+    token_learning_rate: float = 5e-3
+    lr_schedule: str = "constant"
+    warmup: int = 0
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    gradient_clip: float | None = 1.0
+    min_snr: float | None = None
+    resolution: int | None = None
+    crops: int = 8
+    crop_scale: float = 0.75
+    flip: bool = True
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    read_every: int = 20
+
+    def __post_init__(self):
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name in ("steps", "batch", "crops", "read_every"):
+            self._whole(name, 1)
+        for name in ("warmup", "seed"):
+            self._whole(name, 0)
+        for name in ("learning_rate", "token_learning_rate", "weight_decay"):
+            self._number(name, 0.0)
+        for name in ("gradient_clip", "min_snr"):
+            if getattr(self, name) is not None:
+                self._number(name, 0.0, strictly=True)
+        if self.resolution is not None:
+            self._whole("resolution", 8)
+        if self.seed >= 2**63:
+            raise InputError(f"seed must be below 2**63, got {self.seed}; pass a smaller one")
+        if not 0 < self.crop_scale <= 1:
+            raise InputError(f"crop_scale must lie in (0, 1], got {self.crop_scale}; 1 keeps the whole picture")
+        if self.lr_schedule not in SCHEDULES:
+            raise InputError(f"lr_schedule must be one of {', '.join(SCHEDULES)}, got {self.lr_schedule!r}; pass one of these")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"betas must be two numbers in [0, 1), got {self.betas}; (0.9, 0.99) is the default")
+
+    def _whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"{name} must be a whole number of at least {least}, got {value!r}; pass a larger one")
+
+    def _number(self, name: str, least: float, strictly: bool = False) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < least or (
+            strictly and value == least
+        ):
+            bound = f"{'above' if strictly else 'at least'} {least:g}"
+            raise InputError(f"{name} must be {bound}, got {value!r}; pass a finite number")
+
+    def rate(self, step: int) -> float:
+        """The factor on both learning rates at `step`, counted from 0."""
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        done = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
+
+    def as_dict(self) -> dict:
+        """Plain values for YAML and JSON."""
+        return asdict(self) | {"betas": list(self.betas)}
