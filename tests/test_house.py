@@ -1,12 +1,9 @@
 """The rules of the house that no single module can hold: who may import whom, what the wheel carries, what never appears."""
 
 import ast
-import io
 import os
-import re
 import subprocess
 import sys
-import tokenize
 import zipfile
 from pathlib import Path
 
@@ -24,7 +21,8 @@ LAYERS = (
     ("dispatch",),
     ("ops",),
     ("functional",),
-    ("config", "masks"),
+    ("config",),
+    ("masks",),
     ("stack",),
     ("attach",),
     ("io",),
@@ -104,16 +102,38 @@ def test_kernels_is_no_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
-def code_of(path: Path) -> str:
-    """The source without comments and strings."""
-    tokens = tokenize.generate_tokens(io.StringIO(path.read_text()).readline)
-    return " ".join(token.string for token in tokens if token.type in (tokenize.NAME, tokenize.OP))
+RUNS_CODE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+
+
+def readers_that_run_code(tree: ast.AST):
+    """Lines that read or write a format which may hold code."""
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module.split(".")[0], *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            names = [f"{node.value.id}.{node.attr}"]
+        elif isinstance(node, ast.keyword):
+            names = [f"{node.arg}="]
+        if RUNS_CODE.intersection(names) or {"torch.load", "torch.save", "allow_pickle="}.intersection(names):
+            yield node.lineno
+
+
+@pytest.mark.parametrize("source", [
+    "import pickle", "from dill import loads", "torch.load(f)", "torch.save(x, f)", "from torch import load",
+    "np.load(f, allow_pickle=True)",
+])
+def test_the_search_for_code_in_files_finds(source):
+    assert list(readers_that_run_code(ast.parse(source)))
 
 
 @pytest.mark.parametrize("folder", ["stamina_fast", "kernels", "bench", "tests"])
 def test_no_file_format_that_runs_code(folder):
-    forbidden = re.compile(r"\b(c?pickle|cloudpickle|dill|joblib|shelve|marshal)\b|\btorch \. (load|save)\b|\ballow_pickle\b")
-    found = {str(p): m.group() for p in (ROOT / folder).rglob("*.py") if (m := forbidden.search(code_of(p)))}
+    found = [
+        f"{path}:{line}" for path in (ROOT / folder).rglob("*.py") for line in readers_that_run_code(ast.parse(path.read_text()))
+    ]
     assert not found
 
 
@@ -130,9 +150,9 @@ def test_files_stay_readable():
 
 @pytest.mark.parametrize("first", ["stamina_fast.attach", "stamina_fast.train", "stamina_fast.cli"])
 def test_public_names_do_not_depend_on_what_was_imported_first(first):
-    """Importing the module stamina_fast.attach binds its name in the package, where the function of that name lives."""
-    program = f"import {first}\nimport stamina_fast as sf\nfor n in sf.__all__: getattr(sf, n)\nassert callable(sf.attach)\n"
-    program += "assert callable(sf.train)\nassert not hasattr(sf.train, '__path__')"
+    """Importing the module stamina_fast.attach binds its name in the package, where the function of that name is expected."""
+    program = f"import {first}\nimport stamina_fast as sf\nfor n in sf.__all__: getattr(sf, n)\n"
+    program += "assert callable(sf.attach)\nassert callable(sf.train)"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
