@@ -1,0 +1,162 @@
+"""What to learn: one folder of pictures a concept, or diffusers' concepts_list.json."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FileError, InputError
+from .files import clear_errors, parse_json, read_bytes, read_json
+from .images import SUFFIXES, list_images, open_image
+from .names import check_distinct, check_name, inside, token_for
+
+PROMPT = "a photo of {token}"
+_KEYS = {"instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "name", "token"}
+_TOKEN = re.compile(r"<[^<>\s]+>|\S+\*")
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing to learn.
+
+    name          what people call it; names the task and its folder
+    images        picture files
+    prompt        the text of every picture without a caption; holds the token
+    token         the new word, such as '<cat>'
+    class_prompt  what the thing is an example of, such as 'a photo of a cat'
+    captions      a text for each picture, each with the token
+    """
+
+    name: str
+    images: tuple[Path, ...]
+    prompt: str
+    token: str
+    class_prompt: str | None = None
+    captions: tuple[str, ...] | None = None
+
+    def __post_init__(self):
+        check_name(self.name)
+        object.__setattr__(self, "images", tuple(Path(image) for image in self.images))
+        if self.captions is not None:
+            object.__setattr__(self, "captions", tuple(self.captions))
+        if not self.images:
+            raise InputError(f"the concept {self.name!r} has no pictures; give at least one")
+        if not self.token or any(letter.isspace() for letter in self.token):
+            raise InputError(f"the token of {self.name!r} must be one word, got {self.token!r}; write it as '<cat>'")
+        if self.captions is not None and len(self.captions) != len(self.images):
+            raise InputError(f"the concept {self.name!r} has {len(self.captions)} captions for {len(self.images)} pictures; "
+                             "give one each")
+        for text in (self.prompt, *(self.captions or ())):
+            if self.token not in text:
+                raise InputError(f"the prompt {text!r} of {self.name!r} has no token {self.token!r}; write it into the prompt")
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text of each picture."""
+        return self.captions if self.captions is not None else (self.prompt,) * len(self.images)
+
+
+def load_concepts(source: Path) -> list[Concept]:
+    """The concepts of a folder or of a concepts_list.json, in the order to be learnt; every picture is readable.
+
+    A folder holds one folder of pictures a concept (by name), or the pictures of a single concept; the prompt is then
+    'a photo of <name>'. concepts_list.json is a list of objects with "instance_data_dir" and "instance_prompt", whose token
+    stands in angle brackets or is given as "token"; "class_prompt", "class_data_dir" and "name" are optional, and relative
+    folders start at the file. Captions are FILE.txt beside FILE.jpg, or "text" beside "file_name" in metadata.jsonl.
+    Raises InputError or FileError that name the file, the folder or the entry.
+    """
+    source = Path(source)
+    with clear_errors("read", source):
+        source.stat()
+    concepts = _from_folder(source) if source.is_dir() else _from_list(source)
+    check_distinct("concept's name", [c.name for c in concepts])
+    check_distinct("concept's token", [c.token for c in concepts])
+    for concept in concepts:
+        for image in concept.images:
+            open_image(image, draft=64)
+    return concepts
+
+
+def _from_folder(root: Path) -> list[Concept]:
+    with clear_errors("read the folder", root):
+        folders = sorted(f for f in root.iterdir() if f.is_dir() and not f.name.startswith("."))
+    if list_images(root):
+        if any(list_images(folder) for folder in folders):
+            raise InputError(f"{str(root)!r} holds pictures and folders of pictures; give one concept or one folder a concept")
+        folders = [root.resolve()]
+    elif not folders:
+        raise InputError(f"{str(root)!r} holds no pictures ({', '.join(SUFFIXES)}); put in a folder of pictures a concept")
+    return [_concept(folder, folder.name, token := token_for(folder.name), PROMPT.format(token=token)) for folder in folders]
+
+
+def _from_list(path: Path) -> list[Concept]:
+    entries = read_json(path)
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise FileError(f"{str(path)!r} must hold a list of objects with instance_data_dir and instance_prompt; correct it")
+    return [_from_entry(entry, f"entry {i} of {str(path)!r}", path.parent) for i, entry in enumerate(entries, 1)]
+
+
+def _from_entry(entry: dict[str, Any], where: str, root: Path) -> Concept:
+    if unknown := sorted(set(entry) - _KEYS):
+        raise InputError(f"{where} has the unknown key {unknown[0]!r}; known are {', '.join(sorted(_KEYS))}")
+    for key, value in entry.items():
+        if not isinstance(value, str):
+            raise InputError(f"{where}: {key} must be text, got {value!r}; put it in quotes")
+    for key in ("instance_data_dir", "instance_prompt"):
+        if key not in entry:
+            raise InputError(f"{where} has no {key}; add it")
+    prompt = entry["instance_prompt"]
+    found = [entry["token"]] if "token" in entry else sorted(set(_TOKEN.findall(prompt)))
+    if len(found) != 1:
+        raise InputError(f"{where}: instance_prompt {prompt!r} must hold one new word, found {len(found)}; write it in angle "
+                         "brackets, as in 'a photo of <cat>', or give it as \"token\"")
+    name = entry.get("name", found[0].strip("<>*"))
+    return _concept(root / entry["instance_data_dir"], name, found[0], prompt, entry.get("class_prompt"))
+
+
+def _concept(folder: Path, name: str, token: str, prompt: str, class_prompt: str | None = None) -> Concept:
+    images = list_images(folder)
+    if not images:
+        raise InputError(f"the folder {str(folder)!r} of {name!r} holds no pictures ({', '.join(SUFFIXES)}); put some into it")
+    written = _captions(folder, images)
+    captions = tuple(written.get(image, prompt) for image in images) if written else None
+    return Concept(name, tuple(images), prompt, token, class_prompt, captions)
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        text = " ".join(data.decode("utf-8-sig").split())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text: {error.reason}; save it as UTF-8") from error
+    if not text:
+        raise InputError(f"{where} is empty; write a caption into it or remove it")
+    return text
+
+
+def _captions(folder: Path, images: list[Path]) -> dict[Path, str]:
+    found = {}
+    for image in images:
+        beside = image.with_suffix(".txt")
+        if beside.exists():
+            found[image] = _text(read_bytes(beside), repr(str(beside)))
+    table = folder / "metadata.jsonl"
+    if not table.exists():
+        return found
+    known = {image.resolve(): image for image in images}
+    for number, line in enumerate(read_bytes(table).splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"line {number} of {str(table)!r}"
+        try:
+            row = parse_json(line)
+            file, text = row["file_name"], row["text"].encode()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputError(f'{where} must be an object with "file_name" and "text"; correct it') from error
+        if (image := known.get(inside(folder, str(file)))) is None:
+            raise InputError(f"{where} names {file!r}, which is no picture in that folder; correct the name or remove the line")
+        caption = _text(text, where)
+        if found.setdefault(image, caption) != caption:
+            raise InputError(f"{where} gives {file!r} a second caption; keep one of them")
+    return found

@@ -1,0 +1,208 @@
+"""The RUN folder. A task counts once the manifest names it, with the SHA-256 of each of its files.
+
+    config.yaml                what was asked for
+    manifest.json              {"tasks": [{"name", "sha256", "folder", "files", "folded_by"}, …], "config", "sha256"}
+    tasks/NN-name/             factors.safetensors, token.safetensors, curve.json, task.json, and pictures that are not hashed
+
+A task's files are written and made durable before the manifest is replaced, so that a run killed at any moment has a task
+either whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from torch import Tensor
+
+from ..errors import FileError, InputError, StaminaError
+from .files import (
+    PARTIAL,
+    clear_errors,
+    make_folder,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_tensors,
+    read_yaml,
+    remove,
+    sha256,
+    sync_folder,
+    write_bytes,
+    write_json,
+    write_tensors,
+    yaml_bytes,
+)
+from .names import check_distinct, inside, safe_name
+
+FILES = ("factors.safetensors", "token.safetensors", "curve.json", "task.json")
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Record(BaseModel):
+    """One task in the manifest; `sha256` is that of factors.safetensors."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: str
+    sha256: Digest
+    folder: Annotated[str, StringConstraints(pattern=r"^[0-9]{2,}-[A-Za-z0-9._-]+$")]
+    files: dict[str, Digest]
+    folded_by: dict[str, str] | None = None
+
+
+class _Manifest(BaseModel):
+    """`config` is the SHA-256 of config.yaml (two while it is being changed), `sha256` that of everything else here."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    tasks: list[_Record] = []
+    config: list[Digest]
+    sha256: str = ""
+
+    def digest(self) -> str:
+        return sha256(self.model_dump_json(exclude={"sha256"}).encode())
+
+
+class Task(NamedTuple):
+    """What a task left: tensors by name, a row of the curve for each step read, and task.json."""
+
+    factors: dict[str, Tensor]
+    token: dict[str, Tensor]
+    curve: list[dict[str, Any]]
+    info: dict[str, Any]
+
+
+class Run:
+    """A RUN folder: `Run.create` to train into it, `Run.open` to read it. `path` is the folder, `config` what was asked for."""
+
+    def __init__(self, path: Path, config: dict[str, Any]):
+        self.path, self.config = path, config
+
+    @classmethod
+    def create(cls, path: Path, config: dict[str, Any], resume: bool = False) -> Run:
+        """A new run in a folder that does not exist or is empty.
+
+        resume: go on with the run that is there, whose `config` is the one it was created with (compare it), after what a
+        killed run left unfinished is removed. Raises FileError for a folder that holds anything else.
+        """
+        path = make_folder(Path(path))
+        with clear_errors("read the folder", path):
+            there = {entry.name for entry in path.iterdir()}
+        if resume and "manifest.json" in there:
+            run = cls.open(path)
+            run._clean()
+            return run
+        # killed while it was created, before the manifest
+        unborn = {"config.yaml", f".config.yaml{PARTIAL}", f".manifest.json{PARTIAL}"}
+        if there - (unborn if resume else set()):
+            remedy = "choose another folder" if resume else "resume it if it is a run, or choose another folder"
+            raise FileError(f"{str(path)!r} is not empty; {remedy}")
+        manifest = _Manifest(config=[write_bytes(path / "config.yaml", yaml_bytes(config))])
+        run = cls(path, read_yaml(path / "config.yaml", manifest.config))
+        run._write(manifest)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Run:
+        """An existing run, checked and left as it is; also while another process trains into it."""
+        path = Path(path)
+        if not (path / "manifest.json").is_file():
+            raise FileError(f"{str(path)!r} is not a run: it has no manifest.json; give a folder that train has written")
+        run = cls(path, {})
+        run.config = read_yaml(path / "config.yaml", run._read().config)
+        return run
+
+    def configure(self, config: dict[str, Any]) -> None:
+        """Replace the config, for a run that goes on with more than it was created for; whole at any moment."""
+        manifest, data = self._read(), yaml_bytes(config)
+        manifest.config.append(sha256(data))
+        self._write(manifest)
+        write_bytes(self.path / "config.yaml", data)
+        manifest.config = [sha256(data)]
+        self._write(manifest)
+        self.config = read_yaml(self.path / "config.yaml", manifest.config)
+
+    def tasks(self) -> list[dict[str, Any]]:
+        """The finished tasks in order, as the manifest has them: name, sha256, folder, files, folded_by."""
+        return [record.model_dump() for record in self._read().tasks]
+
+    def folder(self, name: str) -> Path:
+        """The folder of a finished task, for pictures and whatever else needs no acknowledgement."""
+        return inside(self.path, "tasks", self._record(name).folder)
+
+    def commit_task(self, name: str, factors: dict[str, Tensor], token: dict[str, Tensor], curve: list[dict[str, Any]],
+                    info: dict[str, Any], folded_by: dict[str, str] | None = None) -> Path:
+        """Store a finished task; when this returns, it survives a crash and a power loss. Returns its folder.
+
+        folded_by: backend and device whose fold `factors` reproduces to the bit. Raises InputError for a name that is taken
+        and FileError where the disk refuses; the tasks before it are as they were in either case.
+        """
+        manifest = self._read()
+        check_distinct("task's name", [*(task.name for task in manifest.tasks), name])
+        folder = f"{len(manifest.tasks) + 1:02d}-{safe_name(name)}"
+        self._clean()
+        try:
+            path = make_folder(inside(self.path, "tasks", folder))
+            files = {
+                "factors.safetensors": write_tensors(path / "factors.safetensors", factors),
+                "token.safetensors": write_tensors(path / "token.safetensors", token),
+                "curve.json": write_json(path / "curve.json", curve),
+                "task.json": write_json(path / "task.json", info),
+            }
+            manifest.tasks.append(
+                _Record(name=name, sha256=files["factors.safetensors"], folder=folder, files=files, folded_by=folded_by)
+            )
+            self._write(manifest)
+        except StaminaError:
+            # the first error is the one to report, whatever a disk in trouble says to cleaning up
+            with contextlib.suppress(StaminaError):
+                self._clean()
+            raise
+        return path
+
+    def load_task(self, name: str) -> Task:
+        """A finished task, every file checked against the manifest. Raises FileError for one that is missing or damaged."""
+        record = self._record(name)
+        path, files = inside(self.path, "tasks", record.folder), record.files
+        return Task(
+            read_tensors(path / "factors.safetensors", files["factors.safetensors"]),
+            read_tensors(path / "token.safetensors", files["token.safetensors"]),
+            read_json(path / "curve.json", files["curve.json"]),
+            read_json(path / "task.json", files["task.json"]),
+        )
+
+    def _record(self, name: str) -> _Record:
+        records = {record.name: record for record in self._read().tasks}
+        if name not in records:
+            known = ", ".join(map(repr, records)) or "none"
+            raise InputError(f"{str(self.path)!r} has no task {name!r}; finished are {known}")
+        return records[name]
+
+    def _read(self) -> _Manifest:
+        path = self.path / "manifest.json"
+        try:
+            manifest = _Manifest.model_validate(parse_json(read_bytes(path)))
+            sound = manifest.digest() == manifest.sha256
+        except ValueError as error:
+            reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else " ".join(str(error).split())
+            raise FileError(f"{str(path)!r} is damaged: {reason}; restore it from a copy") from error
+        whole = all(set(task.files) == set(FILES) and task.files[FILES[0]] == task.sha256 for task in manifest.tasks)
+        if not (sound and whole):
+            raise FileError(f"{str(path)!r} is damaged: it does not match its own checksum; restore it from a copy")
+        return manifest
+
+    def _write(self, manifest: _Manifest) -> None:
+        manifest.sha256 = manifest.digest()
+        write_json(self.path / "manifest.json", manifest.model_dump())
+
+    def _clean(self) -> None:
+        """Remove what an interrupted write left: half-written files, and task folders that the manifest does not name."""
+        kept = {record.folder for record in self._read().tasks}
+        with clear_errors("clean", self.path):
+            tasks = self.path / "tasks"
+            unnamed = [entry for entry in tasks.iterdir() if entry.name not in kept] if tasks.is_dir() else []
+            for leftover in [*self.path.glob(f".*{PARTIAL}"), *tasks.glob(f"*/.*{PARTIAL}"), *unnamed]:
+                remove(leftover)
+            if unnamed:
+                sync_folder(tasks)
