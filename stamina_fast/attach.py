@@ -48,7 +48,7 @@ def attach(unet_or_pipeline, config: StaminaConfig | None = None) -> Adapters:
     if pipeline is not None:
         from .tokens import TokenBank
 
-        tokens = TokenBank(pipeline, config)
+        tokens = TokenBank(pipeline, config, mlp=config.token_mlp, init=config.token_init)
     with torch.inference_mode(False):
         return Adapters(unet, slots, config, tokens)
 

@@ -47,7 +47,9 @@ class StaminaConfig:
     Penalties, added to the loss
         sparsity_weight: of the expected density of the mask.
         forgetting_weight: of Σ (S ⊙ Δ)², S the folded past (C-LoRA). It is not portable between models.
-    Token, made by an MLP from a fixed input
+    Token
+        token_mlp: whether an MLP on a fixed input makes the embedding (STAMINA), or the row itself is trained (C-LoRA).
+        token_init: where it starts: "random" or "mean" (a random direction, or the mean, of typical norm), or a known word.
         token_depth, token_width, token_input_width: hidden layers (0: one linear map), their width, and of the input.
     seed: of the codes and of every fresh factor.
 
@@ -72,6 +74,8 @@ class StaminaConfig:
     tau_schedule: str = "linear"
     sparsity_weight: float = 0.0
     forgetting_weight: float = 0.0
+    token_mlp: bool = True
+    token_init: str = "random"
     token_depth: int = 1
     token_width: int = 64
     token_input_width: int = 32
@@ -93,8 +97,11 @@ class StaminaConfig:
                 raise InputError(f"{name} must {'be positive' if name in POSITIVE else 'not be negative'}, got {value!r}")
         if not 0 < self.density < 1:
             raise InputError(f"density must be between 0 and 1, both excluded, got {self.density!r}; for M = 1 set mask='none'")
-        if not isinstance(self.noise, bool):
-            raise InputError(f"noise must be true or false, got {self.noise!r}")
+        for name in ("noise", "token_mlp"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.token_init, str) or not self.token_init:
+            raise InputError(f"token_init must be random, mean or a word, got {self.token_init!r}")
 
     @property
     def samples(self) -> bool:
