@@ -48,6 +48,9 @@ def clear_errors(doing: str, path: Path) -> Iterator[None]:
     except OSError as error:
         reason, remedy = error.strerror or str(error), _REMEDY.get(error.errno, "check the disk")
         raise FileError(f"cannot {doing} {str(path)!r}: {reason}; {remedy}") from error
+    except safetensors.SafetensorError as error:
+        # how that library says that a disk refuses
+        raise FileError(f"cannot {doing} {str(path)!r}: {error}; check the disk") from error
     except ValueError as error:
         # such as a NUL in the path
         raise FileError(f"cannot {doing} {str(path)!r}: {error}; check the path") from error
@@ -68,7 +71,7 @@ def sync_folder(folder: Path) -> None:
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync_folder(handle)
+            os.fsync(handle)
         finally:
             os.close(handle)
 
@@ -139,7 +142,7 @@ def write_bytes(path: Path, data: bytes) -> str:
                 left = memoryview(data)
                 while left:
                     left = left[os.write(handle, left) :]
-                os.fsync_folder(handle)
+                os.fsync(handle)
             finally:
                 os.close(handle)
             os.replace(partial, path)

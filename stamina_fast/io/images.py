@@ -59,6 +59,8 @@ def _decode(file: BinaryIO, path: Path, draft: int | None) -> Image.Image:
             return _to_rgb(ImageOps.exif_transpose(image))
     except InputError:
         raise
+    except Image.DecompressionBombError as error:
+        raise InputError(f"{str(path)!r} has more than {MAX_PIXELS:,} pixels; make it smaller") from error
     # a decoder may raise anything at all on a file made to harm it
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
