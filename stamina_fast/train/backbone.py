@@ -106,20 +106,24 @@ class Backbone:
         # the tower of Stable Diffusion XL takes the pooled text and six numbers about the picture's frame
         self.framed = self.unet.config.addition_embed_type == "text_time"
 
-    def tokenise(self, prompts: list[str], token: str) -> list[Tensor]:
-        """Ids [prompts, length] int64 of each tokenizer. Raises InputError where `token` is missing or cut off."""
-        out = []
+    def check_prompts(self, prompts: list[str], token: str) -> None:
+        """Raise InputError for a token that the model knows already, and for a prompt that it would cut off."""
         for tokenizer in self.tokenizers:
-            wanted = tokenizer.convert_tokens_to_ids(token)
-            ids = tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True,
-                            return_tensors="pt").input_ids
-            for prompt, row in zip(prompts, ids, strict=True):
-                if wanted not in row:
-                    length = tokenizer.model_max_length
-                    why = f"it is longer than the model's {length} tokens" if token in prompt else "it does not"
-                    raise InputError(f"the prompt {prompt!r} must hold the token {token}, but {why}; shorten or correct it")
-            out.append(ids)
-        return out
+            if token in tokenizer.get_vocab():
+                raise InputError(f"the model knows the token {token} already; choose a new one, such as '<my-cat>'")
+            for prompt in prompts:
+                # the token will be one id, as this word is
+                length = len(tokenizer(prompt.replace(token, "a")).input_ids)
+                if length > tokenizer.model_max_length:
+                    most = tokenizer.model_max_length
+                    raise InputError(f"the prompt {prompt!r} has {length} tokens, the model reads {most}; shorten it")
+
+    def tokenise(self, prompts: list[str]) -> list[Tensor]:
+        """Ids [prompts, length] int64 of each tokenizer, padded to the model's length."""
+        return [
+            tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+            for tokenizer in self.tokenizers
+        ]
 
     def encode(self, ids: list[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Text states [batch, length, k], and the pooled text [batch, d] where the U-Net takes it."""

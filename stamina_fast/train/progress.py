@@ -36,4 +36,6 @@ class Reporter:
         self.bars.update(self.whole, completed=task * self.steps + step)
 
     def end(self, task: int, seconds: float) -> None:
-        self.bars.console.print(f"learned {self.names[task]} in {seconds:.1f} s") if not self.bars.disable else None
+        """The task is folded and stored."""
+        if not self.bars.disable:
+            self.bars.console.print(f"learned {self.names[task]} in {seconds:.1f} s")
