@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
 from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from .evaluate import evaluate_run, keep_held_out
+from .io.images import list_images
+from .io.run import Run
+from .train import train
+from .train.backbone import TINY, load_pipeline, resolution_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,27 @@ SUBJECTS = {
 }
 # a second photograph of the same subject, for its held-out crops: the other half of a stereo pair
 SECOND_PHOTOGRAPHS = {"motorcycle": Subject("motorcycle_right.png", 350, 250, 452)}
+# the demo's own guidance comes last: its samples are shown
+GUIDANCE = (1.0, 3.0)
+# the share of the base model's MMD² at which a concept counts as learned
+NEAR = 0.6
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much the demo does: steps of training a concept; samples, and steps of the sampler, for every measure."""
+
+    train: dict
+    samples: int
+    sampler_steps: int
+
+
+# the pictures are crops and mirror images already, and are taken as they are
+PICTURES = {"crops": 8, "crop_scale": 1.0, "flip": False}
+FULL = Plan({"steps": 400, "batch": 8, "learning_rate": 1e-3, "token_learning_rate": 5e-3, "lr_schedule": "cosine",
+             "warmup": 10} | PICTURES, samples=24, sampler_steps=20)
+QUICK = Plan({"steps": 20, "batch": 4, "warmup": 2} | PICTURES, samples=4, sampler_steps=5)
+
 # shifts right and down as shares of the side, and the scale of a crop; no crop is in both
 TRAINING_CROPS = ((-0.03, -0.02, 1.0), (0.03, 0.02, 1.0), (0.02, -0.03, 0.94), (-0.02, 0.03, 1.06))
 HELD_OUT_CROPS = ((0.0, 0.0, 1.03), (0.0, 0.035, 0.97), (0.0, -0.035, 0.99), (0.035, 0.0, 1.04),
@@ -67,3 +97,61 @@ def prepare_concepts(folder: str | Path, size: int = 32, subjects=tuple(SUBJECTS
             with as_file(files("skimage") / "data" / subject.photograph) as path, Image.open(path) as photograph:
                 _write(folder / kind / name, _crops(photograph.convert("RGB"), subject, crops, size))
     return folder / "concepts"
+
+
+def run_demo(output: str | Path = "runs/demo", quick: bool = False, *, model=TINY, subjects=tuple(SUBJECTS), device=None,
+             progress: bool = True) -> dict:
+    """Teach `model` the subjects one after another into the RUN folder `output`, measure, and say what was learned.
+
+    quick: few steps and samples, which shows that everything works and not what it can do. The photographs are written
+    beside the run, in OUTPUT-photographs. A demo that was stopped goes on where it was. Returns the content of metrics.json.
+    """
+    start, output, plan = time.perf_counter(), Path(output), QUICK if quick else FULL
+    console = Console(quiet=not progress, markup=False, highlight=False, soft_wrap=True)
+    pipeline = load_pipeline(model, device)
+    photographs = output.with_name(f"{output.name}-photographs")
+    concepts = prepare_concepts(photographs, resolution_of(pipeline), subjects)
+    console.print(f"Teaching {len(subjects)} photographed subjects, one after another, on {pipeline.unet.device}: "
+                  f"{', '.join(sorted(subjects))}.")
+    resume = (output / "manifest.json").exists()
+    run = train(model, concepts, output, device=device, resume=resume, progress=progress, **plan.train)
+    for name in subjects:
+        keep_held_out(output, name, list_images(photographs / "held-out" / name))
+    metrics = evaluate_run(output, samples=plan.samples, steps=plan.sampler_steps, guidance=GUIDANCE, model=model,
+                           device=device, progress=progress)
+    report(console, run, metrics, time.perf_counter() - start)
+    return metrics
+
+
+def report(console: Console, run: Run, metrics: dict, seconds: float) -> None:
+    """The table of measures, and what was learned, how long it took, and where to look."""
+    tasks = metrics["tasks"]
+    for guidance, measured in metrics["by_guidance"].items():
+        console.print(measures_table(tasks, measured, guidance))
+    times = ", ".join(f"{task['name']} {task['seconds']:.0f} s" for task in tasks)
+    near = sum(task["ratio_after"] is not None and task["ratio_after"] <= NEAR for task in tasks)
+    console.print(f"Learned {len(tasks)} concepts, each folded into the weights before the next, in {seconds:.0f} s: {times}.")
+    console.print(f"{near} of {len(tasks)} were within {NEAR} of the base model's MMD² just after their task (no guidance).")
+    console.print(f"Look at {run.path / 'plots' / 'overview.png'} first, then at the other plots and at tasks/*/grid.png in "
+                  f"{run.path}.")
+    console.print(f"{run.path / 'model'} is a plain pipeline: diffusers.DiffusionPipeline.from_pretrained loads it.")
+
+
+def measures_table(tasks: list[dict], measured: dict, guidance: str) -> Table:
+    """A row a concept, and the mean: MMD² to held-out images, and in brackets as a share of the base model's."""
+    table = Table(title=f"MMD² to held-out images, guidance {guidance} (share of the base model's)", title_justify="left")
+    for column in ("concept", "training", "base", "just after (P_mmd)", "at the end", "drift"):
+        table.add_column(column, justify="left" if column == "concept" else "right")
+    for task, row in zip(tasks, measured["tasks"], strict=True):
+        drift = "" if row["forgetting"] is None else f"{row['forgetting']:.3f}"
+        table.add_row(task["name"], f"{task['seconds']:.0f} s", f"{row['mmd_base']:.3f}", _share(row, "after"),
+                      _share(row, "end"), drift)
+    table.add_section()
+    drift = "" if measured["F_mmd"] is None else f"F_mmd {measured['F_mmd']:.3f}"
+    table.add_row("mean", "", "", f"{sum(measured['P_mmd']) / len(tasks):.3f}", f"A_mmd {measured['A_mmd']:.3f}", drift)
+    return table
+
+
+def _share(row: dict, when: str) -> str:
+    ratio = row[f"ratio_{when}"]
+    return f"{row[f'mmd_{when}']:.3f}" + ("" if ratio is None else f" ({ratio:.2f})")

@@ -4,7 +4,8 @@
     A_mmd    = mean over j of MMD²(D_j, X_{N,j})      at the end                            lower is better
     F_mmd    = mean over j<N of MMD²(X_{j,j}, X_{N,j})  how far the pictures drifted        lower is better
 
-D_j are features of real images of concept j, X_{t,j} of samples of concept j after task t. One bandwidth a concept serves
+D_j are features of real images of concept j, X_{t,j} of samples of concept j after task t, row i of all of them from the
+same noise. One bandwidth a concept serves
 every comparison of that concept: the median distance between its real images, which depends on no model.
 """
 
@@ -60,7 +61,7 @@ def measure(
     tasks, end = [], samples[-1]
     for j, h in enumerate(widths):
         task = _concept(real[j], base[j], samples[j][j], end[j], h, draws, derive_seed(seed, j))
-        task["forgetting"] = mmd2(samples[j][j], end[j], h) if j < count - 1 else None
+        task["forgetting"] = mmd2(samples[j][j], end[j], h, paired=True) if j < count - 1 else None
         tasks.append(task)
     drift = [task["forgetting"] for task in tasks[:-1]]
     return {

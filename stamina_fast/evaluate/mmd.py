@@ -36,13 +36,21 @@ def median_distance(x: torch.Tensor) -> float:
     return squared_distances(x, x)[i, j].median().sqrt().item()
 
 
-def mmd2(x: torch.Tensor, y: torch.Tensor, bandwidth: float) -> float:
-    """The unbiased MMD² of features `[n, d]` and `[m, d]`; about 0, and below it by chance, if both are of one distribution."""
+def mmd2(x: torch.Tensor, y: torch.Tensor, bandwidth: float, paired: bool = False) -> float:
+    """The unbiased MMD² of features `[n, d]` and `[m, d]`; about 0, and below it by chance, if both are of one distribution.
+
+    paired: x_i and y_i were drawn from the same noise, so that k(x_i, y_i) would be too large: these pairs are left out,
+    which keeps the estimate unbiased, and 0 for x = y.
+    """
     x, y = _features(x, "x"), _features(y, "y")
     n, m = len(x), len(y)
+    if paired and n != m:
+        raise InputError(f"paired features must be as many, got {n} and {m}; draw both from the same noise")
     within_x = (kernel(x, x, bandwidth).sum() - n) / (n * (n - 1))
     within_y = (kernel(y, y, bandwidth).sum() - m) / (m * (m - 1))
-    return (within_x + within_y - 2 * kernel(x, y, bandwidth).mean()).item()
+    between = kernel(x, y, bandwidth)
+    across = (between.sum() - between.trace()) / (n * (n - 1)) if paired else between.mean()
+    return (within_x + within_y - 2 * across).item()
 
 
 def resamples(count: int, draws: int, seed: int) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+
+from ..io.files import make_folder, write_bytes
 
 INK, QUIET, RULE = "#20242b", "#6b7280", "#d9dde3"
 BASE, AFTER, END = "#b8bec8", "#2a78b5", "#e0812f"
@@ -27,15 +29,14 @@ STYLE = {
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 130) -> None:
-    """Write the figure as PNG beside `path` and rename it into place, so that `path` is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    """Write the figure as PNG, atomically, and close it."""
+    data = io.BytesIO()
     try:
-        figure.savefig(partial, format="png", dpi=dpi)
-        os.replace(partial, path)
+        figure.savefig(data, format="png", dpi=dpi)
     finally:
         plt.close(figure)
-        partial.unlink(missing_ok=True)
+    make_folder(path.parent)
+    write_bytes(path, data.getvalue())
 
 
 def shorten(name: str, length: int) -> str:

@@ -1,0 +1,171 @@
+"""evaluate_run: rebuild the model after every task, draw every concept it knew by then, and measure against real images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from rich.progress import Progress
+
+from ..attach import attach
+from ..config import StaminaConfig
+from ..errors import InputError
+from ..io.files import write_json
+from ..io.run import Run, Task
+from ..sampling import sample, to_pil
+from ..seeds import derive_seed
+from ..train.backbone import frozen, load_pipeline, resolution_of
+from ..train.record import fingerprint
+from .features import encoder
+from .measures import BANDWIDTH_RULE, measure
+from .pictures import SHOWN, draw
+from .real import real_images
+
+
+def evaluate_run(
+    run_path: str | Path, *, samples: int = 32, guidance: Sequence[float] = (1.0, 3.0), steps: int = 20,
+    features: str = "layout", seed: int = 0, model=None, real: str | Path | None = None, device=None, progress: bool = True,
+) -> dict:
+    """Measure what a run learned and forgot; write RUN/metrics.json, grids into its task folders, and RUN/plots.
+
+    samples    pictures of every concept j after every task t >= j, and from the base model; the same noise for all of them
+    guidance   each value is measured; the first gives the top level of metrics.json, the last one's samples are shown
+    steps      of the sampler; seed: of the samples and of the bootstrap
+    features   "layout", "clip", "dino", or the folder or hub id of a CLIP or DINOv2 (`features.encoder`)
+    model      the base model, if it is not where the run's config says
+    real       a folder with one folder of real images a concept, instead of those the run keeps (`real.real_images`)
+
+    The base model's samples have the concept's own prompt, its token as fresh as at the start of its task, and no residual.
+    Returns the content of metrics.json. Raises StaminaError in one line; metrics.json is then as it was.
+    """
+    run = Run.open(Path(run_path))
+    if samples < 2 or steps < 1 or not guidance or min(guidance) < 1:
+        raise InputError(f"evaluate wants at least 2 samples, 1 step, and guidance from 1, got {samples}, {steps}, "
+                         f"{list(guidance)}; raise them")
+    names = [task["name"] for task in run.tasks()]
+    if not names:
+        raise InputError(f"{str(run.path)!r} has no finished task yet; let train finish one")
+    tasks = [run.load_task(name) for name in names]
+    pipeline = load_pipeline(run.config["model"] if model is None else model, device, getattr(torch, run.config["dtype"]))
+    if fingerprint(pipeline) != run.config["fingerprint"]:
+        raise InputError(f"this model is not the one that {str(run.path)!r} was trained from; give the base model that its "
+                         f"config calls {run.config['model']!r}")
+    phi = encoder(features, pipeline.unet.device)
+    size = run.config["train"]["resolution"] or resolution_of(pipeline)
+    pictures, kind = real_images(run, size, real)
+    how = {"count": samples, "seed": seed, "steps": steps, "size": size}
+    with frozen(pipeline):
+        adapters = attach(pipeline, StaminaConfig.from_dict(run.config["stamina"]))
+        try:
+            drawn = Sampler(pipeline, adapters, run, tasks, guidance, phi, how, progress)
+            drawn.base()
+            weights = drawn.after_every_task()
+            adapters.rewind([])
+        finally:
+            adapters.detach()
+    reals = [phi(images) for images in pictures]
+    by_guidance = {f"{g:g}": measure(reals, drawn.base_features[g], drawn.features[g], seed=seed) for g in guidance}
+    metrics = _metrics(tasks, by_guidance, weights) | {
+        "settings": how | {
+            "guidance": list(guidance), "features": features, "estimator": "unbiased MMD², Gaussian kernel",
+            "bandwidth": BANDWIDTH_RULE, "intervals": "95% bootstrap, 1000 draws", "real_images": kind,
+            "real_counts": [len(images) for images in pictures],
+        },
+        "parameters": {"trainable": sum(p.numel() for p in adapters.parameters()),
+                       "stored_per_task": sum(x.numel() for part in tasks[0][:2] for x in part.values())},
+    }
+    write_json(run.path / "metrics.json", metrics)
+    draw(run, metrics, tasks, pictures, drawn.shown)
+    return metrics
+
+
+def _metrics(tasks: Sequence[Task], by_guidance: dict[str, dict], weights: list[dict]) -> dict:
+    """The first guidance's measures at the top, with what is known of each task, and all of them under "by_guidance"."""
+    first, top = next(iter(by_guidance.items()))
+    rows = [
+        {"name": task.info["name"], **values, "seconds": task.info["seconds"], "density": task.info["density"], **weight}
+        for task, values, weight in zip(tasks, top["tasks"], weights, strict=True)
+    ]
+    return {"A_mmd": top["A_mmd"], "F_mmd": top["F_mmd"], "P_mmd": top["P_mmd"], "tasks": rows, "guidance": float(first),
+            "by_guidance": by_guidance}
+
+
+class Sampler:
+    """Samples of every concept from the base and after every task: their features, and a few pictures of each to look at.
+
+    base_features[g][j] and features[g][t][j], j <= t, at guidance g; shown[stage][j]: PIL pictures at the last guidance, of the
+    stages "base", "after" and "end".
+    """
+
+    def __init__(self, pipeline, adapters, run: Run, tasks: Sequence[Task], guidance, phi, how: dict, progress: bool):
+        self.pipeline, self.adapters, self.run, self.tasks = pipeline, adapters, run, tasks
+        self.guidance, self.phi, self.how = guidance, phi, how
+        self.base_features: dict[float, list[torch.Tensor]] = {g: [] for g in guidance}
+        self.features: dict[float, list[list[torch.Tensor]]] = {g: [] for g in guidance}
+        self.shown: dict[str, list[list[Image.Image]]] = {"base": [], "after": [], "end": []}
+        self.bars = Progress(disable=not progress)
+        total = len(guidance) * (len(tasks) + len(tasks) * (len(tasks) + 1) // 2)
+        self.bar = self.bars.add_task("sampling", total=total)
+
+    def _draw(self, j: int) -> tuple[dict[float, torch.Tensor], list[Image.Image]]:
+        """Features at every guidance, and the first pictures at the last, of concept j from the model as it stands."""
+        found = {}
+        for g in self.guidance:
+            images = to_pil(sample(self.pipeline, self.tasks[j].info["prompt"], guidance=g, **self.how))
+            found[g] = self.phi(images)
+            self.bars.advance(self.bar)
+        return found, images[:SHOWN]
+
+    def base(self) -> None:
+        """Every concept from W_0, its token as untrained as its task found it; then all tokens as they were learned."""
+        tokens, seed = self.adapters.tokens, self.run.config["train"]["seed"]
+        with self.bars:
+            for j, task in enumerate(self.tasks):
+                self.bars.update(self.bar, description=f"base model: {task.info['name']}")
+                tokens.begin(task.info["token"], derive_seed(derive_seed(seed, "task", j), "token"))
+                found, pictures = self._draw(j)
+                for g in self.guidance:
+                    self.base_features[g].append(found[g])
+                self.shown["base"].append(pictures)
+                tokens.discard()
+                tokens.add(task.info["token"], task.token)
+
+    def after_every_task(self) -> list[dict]:
+        """Rebuild the model after each task in turn and draw all concepts so far; returns what each did to the weights."""
+        names = [task.info["name"] for task in self.tasks]
+        for name, task in zip(names, self.tasks, strict=True):
+            self.adapters.add_task(name, task.factors)
+        weights, before = [], [None] * len(self.adapters.stacks)
+        with self.bars:
+            for t, name in enumerate(names):
+                self.adapters.rewind(names[: t + 1])
+                past = [stack.past() for stack in self.adapters.stacks]
+                weights.append(weight_change(past, before))
+                before = past
+                self.bars.update(self.bar, description=f"after {name}")
+                rows = [self._draw(j) for j in range(t + 1)]
+                for g in self.guidance:
+                    self.features[g].append([found[g] for found, _ in rows])
+                self.shown["after"].append(rows[-1][1])
+        self.shown["end"] = [pictures for _, pictures in rows]
+        return weights
+
+
+@torch.no_grad()
+def weight_change(past: Sequence[torch.Tensor], before: Sequence[torch.Tensor | None]) -> dict:
+    """What a task did to the K/V weights, from W_t - W_0 and W_{t-1} - W_0 (None: 0) of every stack, fp32 `[N, k]`.
+
+    distance: ‖W_t - W_0‖. step: ‖W_t - W_{t-1}‖. overlap: of the entries this task changed, the share that earlier tasks had
+    changed too; None for the first task, or if it changed nothing.
+    """
+    steps = [now if old is None else now - old for now, old in zip(past, before, strict=True)]
+    changed = sum(step.count_nonzero().item() for step in steps)
+    shared = sum(((step != 0) & (old != 0)).sum().item() for step, old in zip(steps, before, strict=True) if old is not None)
+    first = all(old is None for old in before)
+
+    def norm(parts):
+        return sum(part.double().square().sum().item() for part in parts) ** 0.5
+
+    return {"distance": norm(past), "step": norm(steps), "overlap": None if first or not changed else shared / changed}
