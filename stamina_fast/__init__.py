@@ -1,21 +1,22 @@
 """STAMINA's masked low-rank residuals W + M ⊙ (A B), fused with the K/V projections of a U-Net."""
 
-from importlib import import_module
-
 from . import reference
+from .attach import Adapters, attach
+from .config import StaminaConfig
 from .dispatch import backends, launches
+from .errors import StaminaError
 from .functional import fold_, gate_mask, gate_penalties, gate_uniforms, masked_linear
 from .noise import GateNoise
+from .train import TrainOptions, train
 
 __version__ = "0.1.0"
-
-# what needs diffusers is imported when it is first asked for
-_LATE = {"attach": "attach", "Adapters": "attach", "StaminaConfig": "config", "train": "train"}
 
 __all__ = [
     "Adapters",
     "GateNoise",
     "StaminaConfig",
+    "StaminaError",
+    "TrainOptions",
     "attach",
     "backends",
     "fold_",
@@ -27,11 +28,3 @@ __all__ = [
     "reference",
     "train",
 ]
-
-
-def __getattr__(name: str):
-    if name not in _LATE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_LATE[name]}", __name__), name)
-    globals()[name] = value
-    return value
