@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import sys
+import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -43,6 +44,17 @@ class Commands(TyperGroup):
             raise typer.Exit(2) from None
 
 
+def quiet() -> None:
+    """Leave the terminal to our own progress and to the one line of an error."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    for library in (of_diffusers, of_transformers):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers")
+
+
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     help="Teach a Stable Diffusion model one concept after another: hard-masked low-rank residuals that fold into its weights.",
@@ -59,6 +71,7 @@ def common(
 Run = Annotated[Path, typer.Argument(help="The RUN folder that `train` or `demo` left.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of everything random.")]
 Device = Annotated[str | None, typer.Option(help="For instance cpu or cuda:0. Default: a GPU where there is one.")]
+Base = Annotated[str | None, typer.Option(help="The base model, if it is not where the run's config.yaml says.")]
 
 
 @app.command()
@@ -69,6 +82,7 @@ def demo(
     """Teach the small model that travels with the package several photographed subjects, one after another."""
     from .demo import run_demo
 
+    quiet()
     run_demo(output, quick)
 
 
@@ -89,9 +103,11 @@ def train(
     """Learn every concept in turn, and fold each into the weights before the next."""
     from .train import train as run
 
+    quiet()
     options = {"rank": rank, "batch": batch, "learning_rate": learning_rate, "device": device}
     given = {name: value for name, value in options.items() if value is not None}
     run(model, concepts, output, method=method, steps=steps, seed=seed, resume=resume, **given)
+    typer.echo(f"{output / 'model'} is a plain diffusers pipeline; stamina-fast evaluate {output} measures what it learned")
 
 
 @app.command()
@@ -102,7 +118,7 @@ def sample(
     seed: Seed = 0,
     guidance: Annotated[float, typer.Option(min=1.0, help="Classifier-free guidance; 1 is none.")] = 7.5,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 50,
-    output: Annotated[Path, typer.Option(help="Folder for the pictures, which must not exist or be empty.")] = Path("samples"),
+    output: Annotated[Path, typer.Option(help="The folder to make; one that is there must be empty.")] = Path("samples"),
     device: Device = None,
 ) -> None:
     """Draw pictures of a prompt: one PNG each, whose noise depends on the seed and its number alone."""
@@ -110,6 +126,7 @@ def sample(
     from .sampling import sample as draw, to_pil
     from .train.backbone import load_pipeline
 
+    quiet()
     run = Path(model)
     pipeline = load_pipeline(run / "model" if (run / "manifest.json").is_file() else model, device)
     with new_folder(output) as partial:
@@ -121,12 +138,25 @@ def sample(
 @app.command()
 def evaluate(
     run: Run,
+    samples: Annotated[int, typer.Option(min=2, help="Pictures of every concept after every task.")] = 32,
+    guidance: Annotated[list[float] | None, typer.Option(min=1.0, help="May be repeated. Default: 1 and 3.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
+    features: Annotated[str, typer.Option(help="layout, clip, dino, or the folder of a CLIP or DINOv2.")] = "layout",
+    model: Base = None,
+    real: Annotated[Path | None, typer.Option(help="One folder of real pictures a concept. Default: the run's.")] = None,
+    seed: Seed = 0,
     device: Device = None,
 ) -> None:
     """Measure what was learned and what was forgotten (A_mmd, F_mmd, P_mmd), with grids and plots, into RUN."""
     from .evaluate import evaluate_run
 
-    evaluate_run(run, device=device)
+    quiet()
+    metrics = evaluate_run(
+        run, samples=samples, guidance=guidance or (1.0, 3.0), steps=steps, features=features, seed=seed, model=model,
+        real=real, device=device,
+    )
+    drift = "" if metrics["F_mmd"] is None else f", F_mmd {metrics['F_mmd']:.4f}"
+    typer.echo(f"A_mmd {metrics['A_mmd']:.4f}{drift}; {run / 'metrics.json'} has the rest, {run / 'plots'} the pictures")
 
 
 class Format(StrEnum):
@@ -136,15 +166,18 @@ class Format(StrEnum):
 @app.command()
 def export(
     run: Run,
-    output: Annotated[Path, typer.Option(help="The folder to make; it must not exist.")],
+    output: Annotated[Path, typer.Option(help="The folder to make; one that is there must be empty.")],
     format: Annotated[Format, typer.Option(help="diffusers: a folder that from_pretrained reads.")] = Format.diffusers,
     tasks: Annotated[str | None, typer.Option(help="Only these concepts, by name: cat,coffee. Default: all.")] = None,
+    model: Base = None,
+    device: Device = None,
 ) -> None:
     """Write a folded model that needs nothing of this package."""
     from .export import export_diffusers
 
+    quiet()
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
-    export_diffusers(run, output, names)
+    export_diffusers(run, output, names, model=model, device=device)
     typer.echo(f"{output}: load it with diffusers.DiffusionPipeline.from_pretrained({str(output)!r})")
 
 

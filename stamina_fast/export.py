@@ -1,0 +1,72 @@
+"""A RUN as a model that needs nothing of this package: a diffusers folder of all of its concepts or of some."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from .attach import attach
+from .config import StaminaConfig
+from .errors import FileError, InputError
+from .io.files import new_folder
+from .io.run import Run
+from .train.backbone import load_pipeline
+from .train.record import fingerprint
+
+
+def export_diffusers(
+    run: str | Path, output: str | Path, tasks: Sequence[str] | None = None, *, model=None, device=None,
+) -> Path:
+    """Write the folded pipeline of a RUN to the new or empty folder `output`, and return it.
+
+    tasks   names of the concepts to keep, in any order: the weights are rebuilt from the base model and their stored factors.
+            Default: all, which copies RUN/model
+    model   the base model, if it is not where the run's config says; used with `tasks`
+    device  where the weights are rebuilt; the manifest names the one whose bits they are
+
+    The result is loaded once before it counts. Raises InputError for an unknown concept or another base model, FileError
+    for a damaged run or an `output` that holds anything; then nothing is written.
+    """
+    run = Run.open(Path(run))
+    known = [task["name"] for task in run.tasks()]
+    for name in tasks or ():
+        if name not in known:
+            raise InputError(f"the run has no concept {name!r}; it has {', '.join(known) or 'none yet'}")
+    if tasks is not None and not tasks:
+        raise InputError(f"tasks must name at least one concept; the run has {', '.join(known) or 'none yet'}")
+    with new_folder(Path(output)) as partial:
+        if tasks is None:
+            copy_model(run, partial)
+        else:
+            rebuild(run, [name for name in known if name in tasks], model, device).save_pretrained(partial)
+        load_pipeline(partial, "cpu")
+    return Path(output)
+
+
+def copy_model(run: Run, target: Path) -> None:
+    """RUN/model, file by file."""
+    source = run.path / "model"
+    if not (source / "model_index.json").is_file():
+        raise FileError(f"{str(source)!r} is no finished model; go on with train --resume, or name finished concepts as tasks")
+    shutil.copytree(source, target, dirs_exist_ok=True)
+
+
+def rebuild(run: Run, names: Sequence[str], model=None, device=None):
+    """The plain pipeline that holds only these concepts of the run, folded in the order in which they were learned."""
+    loaded = {name: run.load_task(name) for name in names}
+    pipeline = load_pipeline(run.config["model"] if model is None else model, device, getattr(torch, run.config["dtype"]))
+    if fingerprint(pipeline) != run.config["fingerprint"]:
+        raise InputError(f"this model is not the one that {str(run.path)!r} was trained from; pass the base model that its "
+                         f"config calls {run.config['model']!r}")
+    adapters = attach(pipeline, StaminaConfig.from_dict(run.config["stamina"]))
+    try:
+        for name, task in loaded.items():
+            adapters.add_task(name, task.factors)
+            adapters.tokens.add(task.info["token"], task.token)
+        adapters.rewind(names)
+    finally:
+        adapters.detach()
+    return pipeline
