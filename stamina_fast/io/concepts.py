@@ -37,14 +37,14 @@ class Concept:
     captions: tuple[str, ...] | None = None
 
     def __post_init__(self):
+        if not self.token or any(letter.isspace() for letter in self.token):
+            raise InputError(f"the token of {self.name!r} must be one word, got {self.token!r}; write it as '<cat>'")
         check_name(self.name)
         object.__setattr__(self, "images", tuple(Path(image) for image in self.images))
         if self.captions is not None:
             object.__setattr__(self, "captions", tuple(self.captions))
         if not self.images:
             raise InputError(f"the concept {self.name!r} has no pictures; give at least one")
-        if not self.token or any(letter.isspace() for letter in self.token):
-            raise InputError(f"the token of {self.name!r} must be one word, got {self.token!r}; write it as '<cat>'")
         if self.captions is not None and len(self.captions) != len(self.images):
             raise InputError(f"the concept {self.name!r} has {len(self.captions)} captions for {len(self.images)} pictures; "
                              "give one each")

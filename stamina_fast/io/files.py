@@ -108,8 +108,8 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             raise FileError(f"{str(path)!r} is there already; choose another folder")
         remove(partial)
         remove(old)
-        make_folder(partial)
         try:
+            make_folder(partial)
             yield partial
             for inner in partial.rglob("*"):
                 if inner.is_dir():

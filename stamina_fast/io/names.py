@@ -52,8 +52,9 @@ def check_distinct(what: str, texts: Iterable[str]) -> None:
     """Refuse names or tokens that are the same apart from case, spaces or the form of their letters."""
     seen: dict[str, str] = {}
     for text in texts:
-        if (first := seen.setdefault(same(text), text)) is not text:
+        if (first := seen.get(same(text))) is not None:
             raise InputError(f"each {what} must differ, got {first!r} and {text!r}; rename one of them")
+        seen[same(text)] = text
 
 
 def inside(root: Path, *parts: str) -> Path:
