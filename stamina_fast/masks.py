@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -49,7 +50,9 @@ class MaskMLP(nn.Module):
 
     def forward(self) -> Tensor:
         hidden = self.codes
-        with torch.autocast(hidden.device.type, enabled=False):
+        # the meta device knows no autocast
+        exact = contextlib.nullcontext() if hidden.is_meta else torch.autocast(hidden.device.type, enabled=False)
+        with exact:
             for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
                 hidden = torch.baddbmm(bias, self.activation(hidden) if layer else hidden, weight)
         rows = hidden.flatten(0, 1)

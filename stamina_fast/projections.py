@@ -43,6 +43,8 @@ def check_projections(unet: nn.Module, slots: Mapping[str, nn.Module], config: S
             )
         if slot.weight.dtype not in FLOATS:
             raise InputError(f"{name}.weight must be floating point, got {slot.weight.dtype}; load without quantization")
+        if slot.weight.is_inference():
+            raise InputError(f"{name}.weight was made under torch.inference_mode; load it outside")
     smallest = min(min(slot.weight.shape) for slot in slots.values())
     for option in ("rank", "gate_rank"):
         value = getattr(config, option)

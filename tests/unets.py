@@ -28,6 +28,18 @@ def inputs(dtype=torch.float64, seed=0, width=WIDTH):
     return sample.to(dtype), torch.tensor(7), states.to(dtype)
 
 
+def attached(config=SMALL, dtype=torch.float64, **options):
+    """(a U-Net with fresh adapters, its adapters)."""
+    model = unet(dtype, **options)
+    return model, sf.attach(model, config)
+
+
+def output(model: UNet2DConditionModel, dtype=torch.float64) -> torch.Tensor:
+    """The prediction for `inputs`, without gradients."""
+    with torch.no_grad():
+        return model(*inputs(dtype)).sample
+
+
 def train_(adapters: sf.Adapters, seed=1, scale=0.3) -> None:
     """Stand-in for training: every factor somewhere else, the same for the same seed."""
     draw = torch.Generator().manual_seed(seed)

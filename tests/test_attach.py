@@ -1,0 +1,380 @@
+"""The life of adapters: what a start, a fold, a rewind and a detach leave behind, and what is in force in between."""
+
+import dataclasses
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from unets import SMALL, WIDTH, attached, bits, calls, effective, inputs, output, same_bits, train_, unet
+
+import stamina_fast as sf
+
+NOISE = sf.GateNoise(2, 5)
+NAME = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
+
+
+def values(adapters):
+    return [parameter.detach().clone() for parameter in adapters.parameters()]
+
+
+# attach and detach
+
+@pytest.mark.parametrize("zero", ["a", "b"])
+@pytest.mark.parametrize("mask", ["learned-low-rank", "random-low-rank", "none"])
+def test_a_start_changes_nothing(mask, zero):
+    model, plain = unet(), unet()
+    keys, parameters = list(model.state_dict()), list(model.parameters())
+    adapters = sf.attach(model, dataclasses.replace(SMALL, mask=mask, zero_factor=zero))
+    adapters.noise = NOISE
+    torch.testing.assert_close(output(model), output(plain), rtol=1e-12, atol=1e-13)
+    assert list(model.state_dict()) == keys
+    assert same_bits(bits(model), bits(plain))
+    # the U-Net's parameters are the same objects, and none of the adapters' is among them
+    assert [id(p) for p in model.parameters()] == [id(p) for p in parameters]
+    assert not {id(p) for p in adapters.parameters()} & {id(p) for p in parameters}
+    assert all(p.requires_grad and p.is_leaf for p in adapters.parameters())
+    assert adapters.noise == NOISE
+    trained = {name.split(".", 2)[2] for name, _ in adapters.named_parameters()}
+    assert {"a", "b"} <= trained
+    assert ("mask.q" in trained) == ("mask.gate_bias" in trained) == (mask == "learned-low-rank")
+
+
+def test_the_weights_are_views_of_one_matrix():
+    model, adapters = attached()
+    (arguments,) = adapters.arguments()
+    row = 0
+    for name, size in zip(arguments["names"], arguments["sizes"], strict=True):
+        weight = model.get_submodule(name).weight
+        assert weight.data_ptr() == arguments["weight"][row].data_ptr()
+        assert weight.shape == (size, WIDTH)
+        row += size
+    # K then V, in the order of the model
+    kinds = [name.rpartition(".")[2] for name in arguments["names"]]
+    assert kinds == ["to_k", "to_v"] * (len(kinds) // 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_detach_without_a_fold_restores_everything(dtype):
+    model = unet(dtype)
+    fired = []
+    slot = model.get_submodule(NAME)
+    slot.register_forward_hook(lambda *_: fired.append(1))
+    before = bits(model)
+    members = {name: set(vars(module)) for name, module in model.named_modules()}
+    kinds = {name: (id(module), type(module)) for name, module in model.named_modules()}
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    hooks = len(model._forward_pre_hooks)
+    adapters = sf.attach(model, SMALL)
+    train_(adapters)
+    assert type(slot) is not torch.nn.Linear
+    adapters.detach()
+    assert same_bits(bits(model), before)
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == members
+    assert {name: (id(module), type(module)) for name, module in model.named_modules()} == kinds
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == frozen
+    assert len(model._forward_pre_hooks) == hooks
+    assert model.save_pretrained.__func__ is UNet2DConditionModel.save_pretrained
+    # nothing is shared any more
+    storages = [p.untyped_storage().data_ptr() for p in model.parameters()]
+    assert len(set(storages)) == len(storages)
+    slot(torch.zeros(1, WIDTH, dtype=dtype))
+    assert fired
+    adapters.detach()
+
+
+def test_detach_keeps_folds_and_drops_the_rest():
+    model, adapters = attached()
+    train_(adapters)
+    adapters.fold_("one")
+    folded, y = bits(model), output(model)
+    train_(adapters, seed=2)
+    adapters.detach()
+    before = calls()
+    assert same_bits(bits(model), folded)
+    torch.testing.assert_close(output(model), y, rtol=1e-12, atol=1e-12)
+    assert calls() == before
+    for use in (adapters.fold_, adapters.arguments, adapters.penalties, lambda: adapters.rewind([])):
+        with pytest.raises(RuntimeError, match="detached; call attach again"):
+            use()
+    again = sf.attach(model, SMALL)
+    assert again.tasks == {}
+
+
+def test_a_second_attach_raises():
+    model, adapters = attached()
+    with pytest.raises(ValueError, match=r"already has adapters.*detach\(\)"):
+        sf.attach(model, SMALL)
+    adapters.detach()
+    sf.attach(model, SMALL).detach()
+
+
+@pytest.mark.parametrize(("build", "config", "message"), [
+    (lambda: UNet2DModel(sample_size=8, block_out_channels=(32, 64), norm_num_groups=8,
+                         down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2), {}, "cross-attention"),
+    (lambda: unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2, mid_block_type=None), {},
+     "has no cross-attention"),
+    (lambda: torch.nn.Linear(3, 3), {}, "got Linear"),
+    (lambda: "a model", {}, "got str"),
+    (unet, {"rank": 33}, "rank must be at most the smallest projection width, 32, got 33"),
+    (unet, {"gate_rank": 33}, "gate_rank must be at most"),
+])
+def test_what_cannot_be_attached_to_says_why(build, config, message):
+    model = build()
+    with pytest.raises(ValueError, match=message) as error:
+        sf.attach(model, dataclasses.replace(SMALL, **config))
+    assert "\n" not in str(error.value)
+    if isinstance(model, UNet2DConditionModel):
+        assert all(type(module).__module__.split(".")[0] != "stamina_fast" for module in model.modules())
+
+
+def test_without_a_mask_its_rank_does_not_matter():
+    attached(dataclasses.replace(SMALL, mask="none", gate_rank=64))[1].detach()
+
+
+# folds
+
+@pytest.mark.parametrize("mask", ["learned-low-rank", "random-low-rank", "none"])
+def test_the_folded_model_is_the_model_with_its_residual(mask):
+    model, adapters = attached(dataclasses.replace(SMALL, mask=mask))
+    objects = [id(p) for p in adapters.parameters()]
+    train_(adapters)
+    with_residual, weights = output(model), effective(adapters.arguments()[0])
+    before = calls("fold_")
+    assert adapters.fold_("one") == {}
+    assert calls("fold_") == before + 1
+    torch.testing.assert_close(output(model), with_residual, rtol=1e-10, atol=1e-12)
+    for name, weight in weights.items():
+        torch.testing.assert_close(model.get_submodule(name).weight, weight, check_device=False)
+    assert [id(p) for p in adapters.parameters()] == objects
+    assert not any(stack.unfolded for stack in adapters.stacks)
+    # the U-Net computes the same without the operator
+    adapters.detach()
+    torch.testing.assert_close(output(model), with_residual, rtol=1e-10, atol=1e-12)
+
+
+def test_a_task_is_folded_once():
+    model, adapters = attached()
+    train_(adapters)
+    adapters.fold_("one")
+    folded = bits(model)
+    train_(adapters, seed=2)
+    with pytest.raises(ValueError, match="'one' is folded or stored already"):
+        adapters.fold_("one")
+    assert same_bits(bits(model), folded)
+    adapters.fold_()
+    with pytest.raises(RuntimeError, match="folded already, as 'task-2'"):
+        adapters.fold_()
+    assert list(adapters.tasks) == adapters.folded == ["one", "task-2"]
+
+
+def test_fresh_factors_follow_the_seed_and_the_number_of_tasks():
+    _, one = attached()
+    _, two = attached()
+    starts = []
+    for adapters, seed in ((one, 1), (two, 2)):
+        starts.append(values(adapters))
+        train_(adapters, seed=seed)
+        adapters.fold_("t")
+        starts.append(values(adapters))
+    assert all(torch.equal(a, b) for a, b in zip(starts[0], starts[2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(starts[1], starts[3], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(starts[0], starts[1], strict=True))
+    one.reset_(7)
+    two.reset_(7)
+    assert all(torch.equal(a, b) for a, b in zip(values(one), values(two), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_folds_add_up_in_half_precision(dtype):
+    """Each fold is far below the weight's last bit; only the fp32 master sees it."""
+    model, adapters = attached(dataclasses.replace(SMALL, mask="none"), dtype)
+    base, total = model.get_submodule(NAME).weight.float(), 0
+    for task in range(200):
+        with torch.no_grad():
+            for stack in adapters.stacks:
+                stack.a.fill_(2.0**-10)
+                stack.b.fill_(2.0**-10)
+        total = total + adapters.get_delta_weight(NAME)
+        adapters.fold_(str(task))
+    assert total.abs().min() == 200 * 4 * 2.0**-20
+    torch.testing.assert_close(model.get_submodule(NAME).weight, (base + total).to(dtype), rtol=0, atol=0)
+
+
+def test_entries_outside_the_mask_and_every_other_weight_keep_their_bits():
+    model, adapters = attached(dataclasses.replace(SMALL, density=0.5), torch.bfloat16)
+    before = bits(model)
+    train_(adapters)
+    masks = {name: adapters.get_delta_weight(name) for name in adapters.stacks[0].names}
+    adapters.fold_("one")
+    after = bits(model)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"{name}.weight" for name in masks}
+    for name, delta in masks.items():
+        outside = delta == 0
+        assert outside.any()
+        assert torch.equal(before[f"{name}.weight"][outside], after[f"{name}.weight"][outside])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_factor_that_is_not_finite_is_named_and_nothing_folds(bad):
+    model, adapters = attached()
+    train_(adapters)
+    before = bits(model)
+    with torch.no_grad():
+        adapters.stacks[0].b[1, 2, 3] = bad
+    with pytest.raises(RuntimeError, match=r"stacks\.0\.b is not finite"):
+        adapters.fold_("one")
+    assert same_bits(bits(model), before)
+    assert adapters.tasks == {}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rewind_has_the_bits_of_having_folded_just_these(dtype):
+    model, adapters = attached(dtype=dtype)
+    base, states = bits(model), []
+    for seed in (1, 2, 3):
+        train_(adapters, seed=seed)
+        adapters.fold_(f"t{seed}")
+        states.append(bits(model))
+    current = values(adapters)
+    for count in (2, 0, 3, 1):
+        adapters.rewind([f"t{seed}" for seed in range(1, count + 1)])
+        assert same_bits(bits(model), states[count - 1] if count else base)
+        assert adapters.folded == [f"t{seed}" for seed in range(1, count + 1)]
+    assert all(torch.equal(a, b) for a, b in zip(values(adapters), current, strict=True))
+    # a subset: as if the others had never been; stored factors alone are enough for another process
+    adapters.rewind(["t3", "t1"])
+    subset = bits(model)
+    fresh, other = attached(dtype=dtype)
+    for task in ("t1", "t3"):
+        other.add_task(task, adapters.tasks[task])
+    assert same_bits(bits(fresh), base)
+    other.rewind(["t3", "t1"])
+    assert same_bits(bits(fresh), subset)
+    assert (list(other.tasks), other.folded) == (["t1", "t3"], ["t3", "t1"])
+    # and a fold on top goes on from there
+    for a in (adapters, other):
+        a.reset_(0)
+        train_(a, seed=9)
+        a.fold_("last")
+    assert same_bits(bits(fresh), bits(model))
+
+
+def test_rewind_and_add_task_refuse_what_does_not_fit():
+    model, adapters = attached()
+    train_(adapters)
+    adapters.fold_("one")
+    folded = bits(model)
+    for names in (["two"], ["one", "one"]):
+        with pytest.raises(ValueError, match="at most once"):
+            adapters.rewind(names)
+    stored = adapters.tasks["one"]
+    cases = [
+        ("one", stored, "folded or stored already"),
+        ("two", stored | {"stacks.1.a": stored["stacks.0.a"]}, "unknown factor"),
+        ("two", {k: v for k, v in stored.items() if k != "stacks.0.q"}, r"stacks\.0\.q of task 'two' must be"),
+        ("two", stored | {"stacks.0.b": stored["stacks.0.b"].mT}, r"stacks\.0\.b of task 'two' must be"),
+        ("two", {}, r"stacks\.0\.a"),
+    ]
+    for name, tensors, message in cases:
+        with pytest.raises(ValueError, match=message):
+            adapters.add_task(name, tensors)
+    assert list(adapters.tasks) == ["one"]
+    assert same_bits(bits(model), folded)
+
+
+# what is in force
+
+def test_disabled_is_the_folded_model_to_the_bit():
+    model, adapters = attached(dtype=torch.float32)
+    train_(adapters)
+    adapters.fold_("one")
+    train_(adapters, seed=2)
+    adapters.noise = NOISE
+    plain = unet(torch.float32)
+    plain.load_state_dict(model.state_dict())
+    before, y = calls(), output(model, torch.float32)
+    assert calls() == before + 1
+    with adapters.disabled():
+        with adapters.disabled():
+            pass
+        assert torch.equal(output(model, torch.float32), output(plain, torch.float32))
+        states = inputs(torch.float32)[2]
+        assert torch.equal(model.get_submodule(NAME)(states), plain.get_submodule(NAME)(states))
+    assert calls() == before + 1
+    assert torch.equal(output(model, torch.float32), y)
+    with pytest.raises(KeyError), adapters.disabled():
+        raise KeyError
+    assert torch.equal(output(model, torch.float32), y)
+
+
+def test_arguments_are_those_of_the_call():
+    model, adapters = attached()
+    train_(adapters)
+    adapters.noise, adapters.tau = NOISE, 0.5
+    (arguments,) = adapters.arguments()
+    names, states = arguments.pop("names"), inputs()[2]
+    parts = sf.masked_linear(states, **arguments).split(arguments["sizes"], dim=-1)
+    for name, part in zip(names, parts, strict=True):
+        torch.testing.assert_close(model.get_submodule(name)(states), part)
+    assert arguments["noise"] == NOISE
+    assert arguments["tau"] == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_delta_of_a_projection_is_what_a_fold_adds(dtype):
+    model, adapters = attached(dtype=dtype)
+    train_(adapters)
+    adapters.noise = NOISE
+    wide = torch.promote_types(dtype, torch.float32)
+    deltas = {name: adapters.get_delta_weight(name) for name in adapters.stacks[0].names}
+    before = {name: model.get_submodule(name).weight.to(wide, copy=True) for name in deltas}
+    adapters.fold_("one")
+    for name, delta in deltas.items():
+        assert delta.dtype == wide
+        torch.testing.assert_close(model.get_submodule(name).weight, (before[name] + delta).to(dtype))
+    with pytest.raises(ValueError, match=r"no projection 'attn2'.*such as 'down_blocks"):
+        adapters.get_delta_weight("attn2")
+
+
+def test_penalties_and_density():
+    _, adapters = attached(dataclasses.replace(SMALL, density=0.7, gate_scale=0.0))
+    sparsity, forgetting = adapters.penalties()
+    assert sparsity.item() == pytest.approx(0.7)
+    assert forgetting.item() == 0
+    assert adapters.density() == 1
+    train_(adapters)
+    adapters.fold_("one")
+    stack = adapters.stacks[0]
+    past = stack.weight - stack.base
+    sparsity, forgetting = adapters.penalties()
+    assert forgetting.item() == 0
+    forgetting.backward()
+    assert not stack.a.grad.any()
+    assert not stack.b.grad.any()
+    train_(adapters, seed=2)
+    adapters.noise = NOISE
+    _, forgetting = adapters.penalties()
+    weights = effective(adapters.arguments()[0], NOISE)
+    delta = torch.cat([weights[name] for name in stack.names]) - stack.weight
+    torch.testing.assert_close(forgetting, (past * delta).square().sum())
+    mask = torch.cat([adapters.get_delta_weight(name) for name in stack.names]) != 0
+    torch.testing.assert_close(adapters.density(), mask.double().mean())
+
+
+def test_states_of_the_adapters_survive_a_round_trip():
+    model, adapters = attached()
+    train_(adapters)
+    state, y = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}, output(model)
+    objects = [id(p) for p in adapters.parameters()]
+    adapters.reset_(3)
+    adapters.load_state_dict(state)
+    assert torch.equal(output(model), y)
+    assert [id(p) for p in adapters.parameters()] == objects
+    kept = values(adapters)
+    missing = {name: tensor for name, tensor in state.items() if name != "stacks.0.a"}
+    misshapen = state | {"stacks.0.a": state["stacks.0.a"].T}
+    for bad in (missing, misshapen, state | {"tokens.x": torch.zeros(1)}, state | {"stacks.7.a": torch.zeros(1)}):
+        with pytest.raises(ValueError, match=r"stacks\.|unknown entry"):
+            adapters.load_state_dict(bad)
+    assert all(torch.equal(a, b) for a, b in zip(values(adapters), kept, strict=True))
