@@ -141,7 +141,7 @@ class _Word:
             return direction * (self.norm / direction.norm())
         pieces = self.ids(init)
         if len(pieces) != 1 or pieces[0] == self.tokenizer.unk_token_id:
-            raise InputError(f"init must be {', '.join(INITS)} or a word of one token, got {init!r} of {len(pieces)}; "
+            raise InputError(f"token_init must be {', '.join(INITS)} or a word of one token, got {init!r} of {len(pieces)}; "
                              "choose another word")
         return self.table[pieces[0]].float().cpu()
 
@@ -155,8 +155,9 @@ class TokenBank(nn.Module):
     active  the token being learnt, or None
     tokens  the folded ones in order: token -> {"text_encoder": [d], "text_encoder_2": [d]}, fp32 on the CPU
 
-    mlp False: the row itself is the parameter (C-LoRA). init: "random" (a random direction), "mean" (of the table), either at
-    the table's median norm, or a word whose embedding is where to start.
+    mlp     False: the row itself is the parameter (C-LoRA)
+    init    where a token starts: "random" (a random direction) or "mean" (of the table), at the table's median norm, or a word
+
     Parameters are fp32, outside the text encoders' own, and stay the same objects from token to token.
     """
 
@@ -177,8 +178,11 @@ class TokenBank(nn.Module):
         self._hooks = []
         for name, word in self._words.items():
             d = word.embedding.embedding_dim
-            scale = word.norm / math.sqrt(d)
-            maker = TokenMLP(config.token_input_width, config.token_width, config.token_depth, d, scale) if mlp else TokenRow(d)
+            if mlp:
+                sizes = config.token_input_width, config.token_width, config.token_depth, d
+                maker = TokenMLP(*sizes, scale=word.norm / math.sqrt(d))
+            else:
+                maker = TokenRow(d)
             self.makers[name] = maker.to(word.table.device)
             self._hooks.append(word.embedding.register_forward_hook(self._substitute(self.makers[name], word)))
 

@@ -264,6 +264,15 @@ def test_a_replaced_embedding_is_noticed():
         bank.begin("<one>")
 
 
+@pytest.mark.parametrize("word", ["<new>", "photograph", "two words"])
+def test_a_start_that_is_no_word_is_refused(word):
+    pipeline = tinypipes.sd15()
+    bank = bank_of(pipeline, init=word)
+    with pytest.raises(InputError, match="token_init must be"):
+        bank.begin("<one>")
+    assert "<one>" not in pipeline.tokenizer.get_vocab()
+
+
 def test_no_text_encoder():
     with pytest.raises(InputError, match="no text encoder"):
         TokenBank(object(), CONFIG)
