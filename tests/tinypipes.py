@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 
 import torch
 from diffusers import (
@@ -15,7 +16,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from stamina_fast.tiny.pipeline import build_tokenizer
 
@@ -23,7 +24,18 @@ PIXELS, LATENT, WIDTH = 32, 8, 32
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-_vocabulary = functools.cache(build_tokenizer)
+@functools.cache
+def _vocabulary():
+    """The small model's words with ids in alphabetical order: the trainer of vocabularies numbers ties as it likes."""
+    built = build_tokenizer()
+    specials = [built.bos_token, built.eos_token]
+    words = sorted(set(built.get_vocab()) - set(specials)) + specials
+    merges = json.loads(built.backend_tokenizer.to_str())["model"]["merges"]
+    return CLIPTokenizer(
+        vocab={word: i for i, word in enumerate(words)}, merges=[tuple(pair) for pair in merges], unk_token=built.unk_token,
+        bos_token=built.bos_token, eos_token=built.eos_token, pad_token=built.pad_token,
+        model_max_length=built.model_max_length,
+    )
 
 
 def tokenizer():
@@ -31,11 +43,11 @@ def tokenizer():
     return copy.deepcopy(_vocabulary())
 
 
-def text_encoder(tok, kind=CLIPTextModel, width=WIDTH, activation="quick_gelu"):
+def text_encoder(tok, kind=CLIPTextModel, width=WIDTH, activation="quick_gelu", eos_token_id=None):
     return kind(CLIPTextConfig(
         vocab_size=len(tok), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=tok.model_max_length, projection_dim=width, hidden_act=activation,
-        bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id, pad_token_id=tok.pad_token_id,
+        bos_token_id=tok.bos_token_id, eos_token_id=eos_token_id or tok.eos_token_id, pad_token_id=tok.pad_token_id,
     )).eval()
 
 
@@ -66,6 +78,13 @@ def sd15(seed: int = 0) -> StableDiffusionPipeline:
     )
 
 
+def narrow() -> StableDiffusionPipeline:
+    """`sd15` with a single cross-attention layer, for backends that are slow here."""
+    pipeline = sd15()
+    pipeline.unet = unet(down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2)
+    return pipeline
+
+
 def sd21(seed: int = 0, zero_snr: bool = False) -> StableDiffusionPipeline:
     """v-prediction, linear projections, heads by level, as Stable Diffusion 2.1."""
     torch.manual_seed(seed)
@@ -80,7 +99,7 @@ def sd21(seed: int = 0, zero_snr: bool = False) -> StableDiffusionPipeline:
 
 
 def sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
-    """Two tokenizers and text encoders, pooled embeddings, time ids, an fp32 VAE, as Stable Diffusion XL."""
+    """Two tokenizers and text encoders with the old end-of-text id, pooled embeddings, time ids, an fp32 VAE, as SDXL."""
     torch.manual_seed(seed)
     tok, tok_2 = tokenizer(), tokenizer()
     denoiser = unet(
@@ -88,8 +107,9 @@ def sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + WIDTH,
     )
     return StableDiffusionXLPipeline(
-        vae=vae(scaling_factor=0.13025, force_upcast=True), text_encoder=text_encoder(tok), tokenizer=tok,
-        text_encoder_2=text_encoder(tok_2, CLIPTextModelWithProjection, activation="gelu"), tokenizer_2=tok_2,
+        vae=vae(scaling_factor=0.13025, force_upcast=True), text_encoder=text_encoder(tok, eos_token_id=2),
+        tokenizer=tok, tokenizer_2=tok_2,
+        text_encoder_2=text_encoder(tok_2, CLIPTextModelWithProjection, activation="gelu", eos_token_id=2),
         unet=denoiser, scheduler=EulerDiscreteScheduler(**BETAS), add_watermarker=False,
     )
 

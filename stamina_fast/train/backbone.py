@@ -6,7 +6,9 @@ import contextlib
 from importlib import resources
 from pathlib import Path
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -50,7 +52,24 @@ def load_pipeline(model, device=None, dtype: torch.dtype | None = None):
         raise InputError("the pipeline is in float16, whose gradients underflow; load it in bfloat16 or float32, or pass dtype")
     if device is not None or dtype is not None:
         pipeline.to(device=device, dtype=dtype)
+    pool_at_the_end(pipeline)
     return pipeline
+
+
+def pool_at_the_end(pipeline) -> None:
+    """Let text encoders with the old end-of-text id find the end of a text that holds learned tokens.
+
+    Configurations as old as Stable Diffusion XL's say 2, and the pooled state is then taken at the largest id: the end for
+    every text of the base model, but the concept's token once there is one.
+    """
+    for part, name in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
+        encoder, tokenizer = getattr(pipeline, part, None), getattr(pipeline, name, None)
+        if encoder is None or encoder.config.eos_token_id != 2 or tokenizer.eos_token_id == 2:
+            continue
+        encoder.config.eos_token_id = tokenizer.eos_token_id
+        for module in encoder.modules():
+            if getattr(module, "eos_token_id", None) == 2:
+                module.eos_token_id = tokenizer.eos_token_id
 
 
 def _from_files(model: str | Path, dtype: torch.dtype):
@@ -63,12 +82,27 @@ def _from_files(model: str | Path, dtype: torch.dtype):
             raise InputError(f"{source} is no diffusers folder: it has no model_index.json; pass one, a hub id or 'tiny'")
         source = str(model)
     try:
-        return DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, local_files_only=True, use_safetensors=True)
+        with no_bars():
+            only = {"local_files_only": True, "use_safetensors": True}
+            return DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, **only)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hub = isinstance(source, str)
         hint = f"; a hub id is looked up on this machine only, fetch it with: hf download {source}" if hub else ""
         raise InputError(f"cannot load the model {source}: {first}{hint}") from error
+
+
+@contextlib.contextmanager
+def no_bars():
+    """diffusers and transformers load and save without progress bars of their own."""
+    shown = [library for library in (diffusers.utils.logging, transformers.utils.logging) if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def resolution_of(pipeline) -> int:

@@ -20,7 +20,7 @@ from ..io.files import new_folder
 from ..io.images import load_image
 from ..io.run import Run
 from ..seeds import derive_seed
-from .backbone import Backbone, frozen, load_pipeline, resolution_of
+from .backbone import Backbone, frozen, load_pipeline, no_bars, resolution_of
 from .diffusion import Diffusion
 from .flat import Flat, Optimizer
 from .latents import encode, variants
@@ -78,7 +78,7 @@ def train(
 
 def save_model(pipeline, run: Run) -> None:
     """The folded pipeline as RUN/model, wholly there or not at all."""
-    with new_folder(run.path / "model", replace=True) as partial:
+    with no_bars(), new_folder(run.path / "model", replace=True) as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)
 
 

@@ -15,8 +15,11 @@ SAMPLES = 64
 
 
 def fingerprint(pipeline) -> str:
-    """SHA-256 over up to 64 evenly spaced values of every tensor of the U-Net and the text encoders."""
+    """SHA-256 over the vocabularies, and up to 64 evenly spaced values of every tensor of the U-Net and text encoders."""
     digest = hashlib.sha256()
+    for part in ("tokenizer", "tokenizer_2"):
+        if getattr(pipeline, part, None) is not None:
+            digest.update(repr(sorted(getattr(pipeline, part).get_vocab().items())).encode())
     for part in ("unet", "text_encoder", "text_encoder_2"):
         module = getattr(pipeline, part, None)
         if module is None:
