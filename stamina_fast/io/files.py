@@ -218,14 +218,14 @@ def read_yaml(path: Path, expected: Collection[str] | None = None) -> Any:
         raise FileError(f"{str(path)!r} is not valid YAML: {reason}; correct it or restore it from a copy") from error
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> str:
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
     """Write tensors of any device as safetensors; returns the file's SHA-256."""
     for name in tensors:
         if reason := _bad_name(name):
             raise InputError(f"cannot write {str(path)!r}: the tensor name {name!r} {reason}; use plain dotted names")
     # copies, because the format refuses tensors that share memory
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    return write_bytes(path, safetensors.torch.save(plain, metadata))
+    return write_bytes(path, safetensors.torch.save(plain))
 
 
 def read_tensors(path: Path, expected: str | None = None) -> dict[str, Tensor]:
