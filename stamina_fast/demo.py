@@ -35,6 +35,8 @@ SUBJECTS = {
     "rocket": Subject("rocket.jpg", 321, 272, 300),
     "motorcycle": Subject("motorcycle_left.png", 388, 250, 452),
 }
+# a motorcycle is too much for the small model's pictures of 32 x 32 pixels; it is there for larger models
+TAUGHT = ("face", "cat", "coffee", "rocket")
 # a second photograph of the same subject, for its held-out crops: the other half of a stereo pair
 SECOND_PHOTOGRAPHS = {"motorcycle": Subject("motorcycle_right.png", 350, 250, 452)}
 # the demo's own guidance comes last: its samples are shown
@@ -56,7 +58,7 @@ class Plan:
 PICTURES = {"crops": 8, "crop_scale": 1.0, "flip": False}
 FULL = Plan({"steps": 400, "batch": 8, "learning_rate": 1e-3, "token_learning_rate": 5e-3, "lr_schedule": "cosine",
              "warmup": 10} | PICTURES, samples=24, sampler_steps=20)
-QUICK = Plan({"steps": 20, "batch": 4, "warmup": 2} | PICTURES, samples=4, sampler_steps=5)
+QUICK = Plan({"steps": 20, "batch": 4, "warmup": 2, "read_every": 4} | PICTURES, samples=4, sampler_steps=5)
 
 # shifts right and down as shares of the side, and the scale of a crop; no crop is in both
 TRAINING_CROPS = ((-0.03, -0.02, 1.0), (0.03, 0.02, 1.0), (0.02, -0.03, 0.94), (-0.02, 0.03, 1.06))
@@ -99,7 +101,7 @@ def prepare_concepts(folder: str | Path, size: int = 32, subjects=tuple(SUBJECTS
     return folder / "concepts"
 
 
-def run_demo(output: str | Path = "runs/demo", quick: bool = False, *, model=TINY, subjects=tuple(SUBJECTS), device=None,
+def run_demo(output: str | Path = "runs/demo", quick: bool = False, *, model=TINY, subjects=TAUGHT, device=None,
              progress: bool = True) -> dict:
     """Teach `model` the subjects one after another into the RUN folder `output`, measure, and say what was learned.
 

@@ -23,7 +23,8 @@ def test_concepts_are_prepared(tmp_path, size):
     concepts = prepare_concepts(tmp_path, size)
     assert concepts == tmp_path / "concepts"
     assert sorted(p.name for p in concepts.iterdir()) == sorted(SUBJECTS)
-    assert len(SUBJECTS) >= 4
+    assert len(demo.TAUGHT) >= 4
+    assert set(demo.TAUGHT) <= set(SUBJECTS)
     for name in SUBJECTS:
         trained, held_out = pictures(concepts / name), pictures(tmp_path / "held-out" / name)
         assert (len(trained), len(held_out)) == (2 * len(TRAINING_CROPS), 2 * len(HELD_OUT_CROPS))
@@ -96,7 +97,7 @@ def test_a_demo_that_was_stopped_goes_on(tmp_path, little, monkeypatch):
 def test_the_plans_fit_their_time():
     # measured on two cores: about 0.2 s a training step of 8 pictures, 0.005 s a picture and step of the sampler
     for plan, limit in ((demo.FULL, 660), (demo.QUICK, 90)):
-        count = len(SUBJECTS)
+        count = len(demo.TAUGHT)
         cells = count + count * (count + 1) // 2
         passes = sum(1 if g == 1 else 2 for g in demo.GUIDANCE)
         training = count * plan.train["steps"] * 0.025 * plan.train["batch"]

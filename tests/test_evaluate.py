@@ -302,7 +302,8 @@ def test_every_plot_is_drawn(tmp_path, photographs, count):
     images = photographs["cat"][0]
     names = [f"$concept {i}$" for i in range(count)]
     ratios = [[0.5 if j <= t else None for j in range(count)] for t in range(count)]
-    curve = [{"step": s, "loss": 1 / (s + 1), "density": 0.5, "forgetting": 0.0} for s in range(30)]
+    curve = [{"step": s, "loss": 1 / (s + 1), "forgetting": 0.01 * s} for s in range(30)]
+    curve[9]["density"] = curve[29]["density"] = 0.5
     keys = ("mmd_base", "mmd_after", "mmd_end")
     tasks = [dict.fromkeys(keys, 0.3) | {"intervals": {key: [0.2, 0.4] for key in keys}}] * count
     plots.concept_grid(tmp_path / "grid.png", "cat", [("real", "held out", images), ("base", "", images[:3])])

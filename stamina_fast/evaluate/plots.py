@@ -143,11 +143,16 @@ def _spans(curves: Sequence[Sequence[dict]]) -> list[tuple[float, float]]:
 
 
 def training_curves(path: Path, names: Sequence[str], curves: Sequence[Sequence[dict]]) -> None:
-    """Loss, mask density and forgetting penalty over all tasks. A row of a curve: step, loss, density, forgetting."""
+    """Loss, mask density and, where it was one, the forgetting penalty over all tasks, one after another.
+
+    A row of a curve: step, loss, forgetting; density, in the rows where it was read.
+    """
     panels = [("loss", "loss"), ("density", "mask density"), ("forgetting", "forgetting penalty")]
+    panels = panels if any(row["forgetting"] for rows in curves for row in rows) else panels[:2]
+    heights = (1.5, 1, 1)[: len(panels)]
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(len(panels), 1, figsize=(min(14, 4 + 1.6 * len(names)), 6.2), sharex=True,
-                                    layout="constrained", height_ratios=(1.5, 1, 1))
+        size = (min(14, 4 + 1.6 * len(names)), 1 + 1.5 * sum(heights))
+        figure, axes = plt.subplots(len(panels), 1, figsize=size, sharex=True, layout="constrained", height_ratios=heights)
         spans = _spans(curves)
         for axis, (key, label) in zip(axes, panels, strict=True):
             for i, ((start, end), rows) in enumerate(zip(spans, curves, strict=True)):
@@ -157,12 +162,13 @@ def training_curves(path: Path, names: Sequence[str], curves: Sequence[Sequence[
                 if key == "loss":
                     axis.plot(start + points[:, 0], points[:, 1], color=AFTER, alpha=0.25, linewidth=0.8)
                     points[:, 1] = _smooth(points[:, 1])
-                axis.plot(start + points[:, 0], points[:, 1], color=AFTER, linewidth=1.7)
+                marker = "o" if len(points) <= 10 else None
+                axis.plot(start + points[:, 0], points[:, 1], color=AFTER, linewidth=1.7, marker=marker, markersize=3.5)
             axis.set_ylabel(label)
             axis.margins(x=0)
             axis.yaxis.set_major_locator(MaxNLocator(4))
-        axes[1].set_ylim(bottom=0)
-        axes[2].set_ylim(bottom=0)
+        axes[1].set_ylim(0, 1.05)
+        axes[-1].set_ylim(bottom=0)
         axes[-1].set_xlabel("training step, all tasks in order")
         if len(names) <= 12:
             for name, (start, end) in zip(names, spans, strict=True):
