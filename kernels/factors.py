@@ -1,0 +1,172 @@
+"""The gradients of the factors, from one pass that never reads W and never stores dW.
+
+    dW = Gᵀ X      dA = (M ⊙ dW) Bᵀ      dB = Aᵀ (M ⊙ dW)
+    dL = dW ⊙ A B ⊙ s (1 - s) / tau      dP = dL Qᵀ      dQ = Pᵀ dL      dc = Σ dL
+
+A tile of dW lives in registers. A program walks one chunk of rows of one projection over one span of columns; it leaves its
+part of (dA, dP) for the sum over spans and its part of (dB, dQ, dc) for the sum over chunks. Both sums run in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stamina_fast.kernels.philox import (
+    LANES,
+    RANK_STEP,
+    SPAN,
+    gate_logits,
+    gate_open,
+    gate_slope,
+    gate_words,
+    load_left,
+    load_right,
+    low_rank,
+    sub_tile,
+    wide_dtype,
+)
+from stamina_fast.kernels.tiles import choose, contiguous, on_device, row_tiles, sub_tiles, tile_ranges, wide
+
+# rows a program walks: whole row tiles, so that they are those of the forward
+CHUNK_N = 256
+BLOCK_SUM = 1024
+
+
+@triton.jit
+def weight_gradient(
+    g_ptr, x_ptr, rows, mask_n, columns, T, stride_gt, stride_gn, stride_xt, stride_xk, BLOCK_T: tl.constexpr
+):  # fmt: skip
+    """dW[n, c] = Σ_t G[t, n] X[t, c] of one sub-tile in fp32 (fp64 for fp64); Gᵀ is loaded transposed."""
+    col0, lanes, mask_k = columns
+    acc = tl.full((rows.shape[0], LANES), 0.0, wide_dtype(x_ptr.dtype.element_ty))
+    for t0 in range(0, T, BLOCK_T):
+        offs_t = tl.arange(0, BLOCK_T).to(tl.int64) + t0
+        mask_t = offs_t < T
+        g = g_ptr + offs_t[None, :] * stride_gt + rows[:, None] * stride_gn
+        g = tl.load(g, mask_n[:, None] & mask_t[None, :], 0.0)  # [BLOCK_N, BLOCK_T]
+        x = x_ptr + col0 * stride_xk + offs_t[:, None] * stride_xt + lanes[None, :] * stride_xk
+        x = tl.load(x, mask_t[:, None] & mask_k[None, :], 0.0)  # [BLOCK_T, LANES]
+        acc = tl.dot(g, x, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def factors_kernel(
+    left_ptr, right_ptr, g_ptr, x_ptr, a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, seed_ptr, step_ptr, tau_ptr, chunks_ptr,
+    T, N, k, stride_gt, stride_gn, stride_xt, stride_xk,
+    R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, BLOCK_T: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left [spans, N, R + S] = (dA | dP) by span; right [chunks, (R + S) k + spans] = (dB | dQ | dc) by chunk.
+
+    A program owns a chunk, a span and RANK_STEP ranks of each factor; it makes dW anew for every further RANK_STEP ranks.
+    """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    WIDE: tl.constexpr = left_ptr.dtype.element_ty
+    chunk = tl.program_id(0).to(tl.int64)
+    span = tl.program_id(1).to(tl.int64)
+    offs_r = tl.program_id(2) * RANK_STEP + tl.arange(0, RANK_STEP)
+    rows_of_chunk = chunks_ptr + 3 * chunk
+    row0, row1, group = tl.load(rows_of_chunk), tl.load(rows_of_chunk + 1), tl.load(rows_of_chunk + 2)
+    if p_ptr is not None:
+        tau = tl.load(tau_ptr).to(WIDE)
+
+    dbs, dqs = (), ()
+    for _ in tl.static_range(SUBTILES):
+        dbs += (tl.full((RANK_STEP, LANES), 0.0, WIDE),)
+        dqs += (tl.full((RANK_STEP, LANES), 0.0, WIDE),)
+    dc = tl.full((BLOCK_N,), 0.0, WIDE)
+    for start in range(row0, row1, BLOCK_N):
+        rows = start + tl.arange(0, BLOCK_N)
+        mask_n = rows < row1
+        words = gate_words(seed_ptr, step_ptr, rows, span)
+        a_t = load_left(a_ptr, rows[None, :], mask_n[None, :], offs_r[:, None], R, DTYPE).to(WIDE)
+        da = tl.full((BLOCK_N, RANK_STEP), 0.0, WIDE)
+        dp = tl.full((BLOCK_N, RANK_STEP), 0.0, WIDE)
+        new_dbs, new_dqs = (), ()
+        for j in tl.static_range(SUBTILES):
+            columns = sub_tile(span, k, j)
+            col0, lanes, mask_k = columns
+            dw = weight_gradient(g_ptr, x_ptr, rows, mask_n, columns, T, stride_gt, stride_gn, stride_xt, stride_xk, BLOCK_T)
+            ddelta = dw
+            if p_ptr is not None:
+                logits = gate_logits(p_ptr, q_ptr, bias_ptr, rows, mask_n, group, columns, k, S, DTYPE)
+                ddelta = tl.where(gate_open(logits, words, j), dw, 0.0)
+                dl = dw * low_rank(a_ptr, b_ptr, rows, mask_n, group, columns, k, R, DTYPE) * gate_slope(logits, words, tau, j)
+                dc += tl.sum(dl, 1)
+                p_t = load_left(p_ptr, rows[None, :], mask_n[None, :], offs_r[:, None], S, DTYPE).to(WIDE)
+                q_t = load_right(q_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, S, DTYPE).to(WIDE)
+                dp = tl.dot(dl, q_t, dp, input_precision=PRECISION)
+                new_dqs += (tl.dot(p_t, dl, dqs[j], input_precision=PRECISION),)
+            b_t = load_right(b_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, R, DTYPE).to(WIDE)
+            da = tl.dot(ddelta, b_t, da, input_precision=PRECISION)
+            new_dbs += (tl.dot(a_t, ddelta, dbs[j], input_precision=PRECISION),)
+        dbs = new_dbs
+        left = left_ptr + (span * N + rows[:, None]) * (R + S) + offs_r[None, :]
+        tl.store(left, da, mask_n[:, None] & (offs_r < R)[None, :])
+        if p_ptr is not None:
+            dqs = new_dqs
+            tl.store(left + R, dp, mask_n[:, None] & (offs_r < S)[None, :])
+
+    right = right_ptr + chunk * ((R + S) * k + tl.num_programs(1))
+    for j in tl.static_range(SUBTILES):
+        col0, lanes, mask_k = sub_tile(span, k, j)
+        db = right + col0 + offs_r.to(tl.int64)[:, None] * k + lanes[None, :]
+        tl.store(db, dbs[j], (offs_r < R)[:, None] & mask_k[None, :])
+        if p_ptr is not None:
+            tl.store(db + R * k, dqs[j], (offs_r < S)[:, None] & mask_k[None, :])
+    if p_ptr is not None and tl.program_id(2) == 0:
+        tl.store(right + (R + S) * k + span, tl.sum(dc, 0))
+
+
+@triton.jit
+def sum_kernel(out_ptr, part_ptr, ranges_ptr, width, stride_part, BLOCK: tl.constexpr):
+    """out[g, i] = Σ part[chunk, i] over the chunks of projection g, in their order; out [G, width]."""
+    group = tl.program_id(0).to(tl.int64)
+    offs = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.full((BLOCK,), 0.0, out_ptr.dtype.element_ty)
+    for chunk in range(tl.load(ranges_ptr + 2 * group), tl.load(ranges_ptr + 2 * group + 1)):
+        acc += tl.load(part_ptr + chunk * stride_part + offs, offs < width, 0.0)
+    tl.store(out_ptr + group * width + offs, acc, offs < width)
+
+
+def _sum_chunks(part: Tensor, ranges: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Sums of `part` [chunks, width] over the chunks of each projection, as `shape` = (G, ...)."""
+    out = torch.empty(shape, dtype=part.dtype, device=part.device)
+    if out.numel():
+        grid = (shape[0], triton.cdiv(part.shape[1], BLOCK_SUM))
+        sum_kernel[grid](out, part, ranges, width=part.shape[1], stride_part=part.stride(0), BLOCK=BLOCK_SUM)
+    return out
+
+
+def backward_factors(grad, x, a, b, p, q, gate_bias, sizes, seed, step, tau):
+    """(dA, dB, dP, dQ, dc) in fp32 (fp64 for fp64), the last three None where p is None, for checked arguments.
+
+    grad [T, N] and x [T, k] of one dtype and any strides; tau: 0-dim floating device tensor; the rest as in
+    `stamina_fast.kernels.masked_linear.forward`.
+    """
+    (tokens, k), rows = x.shape, grad.shape[1]
+    a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
+    r, s = a.shape[1], 0 if p is None else p.shape[1]
+    config = choose("factors", tokens, x.dtype)
+    chunks, ranges = (table(sizes, CHUNK_N, x.device) for table in (row_tiles, tile_ranges))
+    spans = triton.cdiv(k, SPAN.value)
+    dtype, both, groups = wide(x.dtype), (r + s) * k, len(sizes)
+    left = torch.empty((spans, rows, r + s), dtype=dtype, device=x.device)
+    right = torch.empty((len(chunks), both + spans), dtype=dtype, device=x.device)
+    with on_device(x):
+        if len(chunks) and spans:
+            factors_kernel[(len(chunks), spans, max(1, triton.cdiv(max(r, s), RANK_STEP.value)))](
+                left, right, grad, x, a, b, p, q, gate_bias, *((None, None) if p is None else (seed, step)), tau, chunks,
+                T=tokens, N=rows, k=k, stride_gt=grad.stride(0), stride_gn=grad.stride(1),
+                stride_xt=x.stride(0), stride_xk=x.stride(1),
+                R=r, S=s, BLOCK_N=config.block_n, SUBTILES=sub_tiles(k), BLOCK_T=config.block_t,
+                PRECISION=config.precision, **config.launch(),
+            )  # fmt: skip
+        db = _sum_chunks(right[:, : r * k], ranges, (groups, r, k))
+        if p is None:
+            return left.sum(0), db, None, None, None
+        dq = _sum_chunks(right[:, r * k : both], ranges, (groups, s, k))
+        dc = _sum_chunks(right[:, both:], ranges, (groups, spans)).sum(1)
+    return left[..., :r].sum(0), db, left[..., r:].sum(0), dq, dc

@@ -1,0 +1,149 @@
+"""The masked product of the whole stack, and its gradient in x.
+
+    Y[t, n]  = Σ_k X[t, k] (W + M ⊙ A B)[n, k]      X [T, k]  W [N, k]  A [N, r]  B [G, r, k]  Y [T, N]
+    dX[t, k] = Σ_n G[t, n] (W + M ⊙ A B)[n, k]      G [T, N]
+
+M ⊙ A B is made tile by tile, rounded to the weight's dtype, and multiplied apart from W, since a small residual added to a
+half-precision weight would lose its low bits. Sums are fp32 (fp64 for fp64); the result is rounded once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stamina_fast.kernels.philox import LANES, SPAN, gate_words, masked_delta, sub_tile, wide_dtype
+from stamina_fast.kernels.tiles import choose, contiguous, on_device, row_tiles, sub_tiles, wide
+
+# dx is split over N until this many programs run; a fixed number, so that the order of a sum is the same on every device
+PROGRAMS = 256
+
+
+@triton.jit
+def forward_kernel(
+    y_ptr, x_ptr, w_ptr, a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, seed_ptr, step_ptr, tiles_ptr,
+    T, N, k, stride_xt, stride_xk, stride_wn, stride_wk,
+    R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """Yᵀ[n, t] = Σ_k (W + M ⊙ A B)[n, k] Xᵀ[k, t]; a program owns one row tile and BLOCK_T tokens, y is contiguous."""
+    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    tile = tiles_ptr + 3 * tl.program_id(0)
+    row0, row1, group = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    rows = row0 + tl.arange(0, BLOCK_N)
+    mask_n = rows < row1
+    offs_t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < T
+
+    # the residual is the left operand as it comes out of its own dot: no transpose of a computed tile
+    acc = tl.full((BLOCK_N, BLOCK_T), 0.0, wide_dtype(DTYPE))
+    for span in range(tl.cdiv(k, SPAN)):
+        words = gate_words(seed_ptr, step_ptr, rows, span)
+        for j in tl.static_range(SUBTILES):
+            columns = sub_tile(span, k, j)
+            col0, lanes, mask_k = columns
+            x = x_ptr + col0 * stride_xk + offs_t[None, :] * stride_xt + lanes[:, None] * stride_xk
+            x = tl.load(x, mask_k[:, None] & mask_t[None, :], 0.0)  # [LANES, BLOCK_T]
+            w = w_ptr + col0 * stride_wk + rows[:, None] * stride_wn + lanes[None, :] * stride_wk
+            w = tl.load(w, mask_n[:, None] & mask_k[None, :], 0.0)  # [BLOCK_N, LANES]
+            delta = masked_delta(a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, words, rows, mask_n, group, columns, k, j, R, S, DTYPE)
+            acc = tl.dot(w, x, acc, input_precision="ieee")
+            acc = tl.dot(delta.to(DTYPE), x, acc, input_precision="ieee")
+    y = y_ptr + offs_t[None, :] * N + rows[:, None]
+    tl.store(y, acc.to(y_ptr.dtype.element_ty), mask_n[:, None] & mask_t[None, :])
+
+
+@triton.jit
+def input_kernel(
+    dx_ptr, g_ptr, w_ptr, a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, seed_ptr, step_ptr, tiles_ptr,
+    T, k, tiles, stride_gt, stride_gn, stride_wn, stride_wk,
+    R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, BLOCK_T: tl.constexpr,
+    PER_SPLIT: tl.constexpr,
+):  # fmt: skip
+    """dX[split, t, c] = Σ_n G[t, n] (W + M ⊙ A B)[n, c] over PER_SPLIT row tiles; a program owns BLOCK_T tokens, a span."""
+    DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    mask_t = offs_t < T
+    span = tl.program_id(1).to(tl.int64)
+    split = tl.program_id(2).to(tl.int64)
+
+    sums = ()
+    for _ in tl.static_range(SUBTILES):
+        sums += (tl.full((BLOCK_T, LANES), 0.0, wide_dtype(DTYPE)),)
+    for index in range(split * PER_SPLIT, tl.minimum((split + 1) * PER_SPLIT, tiles)):
+        tile = tiles_ptr + 3 * index
+        row0, row1, group = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+        rows = row0 + tl.arange(0, BLOCK_N)
+        mask_n = rows < row1
+        g = g_ptr + offs_t[:, None] * stride_gt + rows[None, :] * stride_gn
+        g = tl.load(g, mask_t[:, None] & mask_n[None, :], 0.0)  # [BLOCK_T, BLOCK_N]
+        words = gate_words(seed_ptr, step_ptr, rows, span)
+        added = ()
+        for j in tl.static_range(SUBTILES):
+            columns = sub_tile(span, k, j)
+            col0, lanes, mask_k = columns
+            w = w_ptr + col0 * stride_wk + rows[:, None] * stride_wn + lanes[None, :] * stride_wk
+            w = tl.load(w, mask_n[:, None] & mask_k[None, :], 0.0)  # [BLOCK_N, LANES]
+            delta = masked_delta(a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, words, rows, mask_n, group, columns, k, j, R, S, DTYPE)
+            acc = tl.dot(g, w, sums[j], input_precision="ieee")
+            added += (tl.dot(g, delta.to(DTYPE), acc, input_precision="ieee"),)
+        sums = added
+    for j in tl.static_range(SUBTILES):
+        col0, lanes, mask_k = sub_tile(span, k, j)
+        dx = dx_ptr + split * T * k + col0 + offs_t[:, None] * k + lanes[None, :]
+        tl.store(dx, sums[j].to(dx_ptr.dtype.element_ty), mask_t[:, None] & mask_k[None, :])
+
+
+def _gate(p: Tensor | None, seed: Tensor | None, step: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The noise a kernel needs: none where there is no gate."""
+    return (None, None) if p is None else (seed, step)
+
+
+def forward(x, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Tensor:
+    """Y = X (W + M ⊙ A B)ᵀ as [T, N] in x's dtype, for checked arguments.
+
+    x [T, k] and weight [N, k] of one dtype and any strides, a [N, r], b [G, r, k], p [N, s], q [G, s, k], gate_bias [G];
+    sizes: rows of the G projections; seed and step: 0-dim int64 device tensors, or None for the deterministic gate.
+    """
+    (tokens, k), rows = x.shape, weight.shape[0]
+    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
+    seed, step = _gate(p, seed, step)
+    config = choose("forward", tokens, x.dtype)
+    tiles = row_tiles(sizes, config.block_n, x.device)
+    with on_device(x):
+        forward_kernel[(len(tiles), triton.cdiv(tokens, config.block_t))](
+            y, x, weight, a, b, p, q, gate_bias, seed, step, tiles,
+            T=tokens, N=rows, k=k, stride_xt=x.stride(0), stride_xk=x.stride(1),
+            stride_wn=weight.stride(0), stride_wk=weight.stride(1),
+            R=a.shape[1], S=0 if p is None else p.shape[1],
+            BLOCK_N=config.block_n, SUBTILES=sub_tiles(k), BLOCK_T=config.block_t, **config.launch(),
+        )  # fmt: skip
+    return y
+
+
+def backward_input(grad, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Tensor:
+    """dX = G (W + M ⊙ A B) as [T, k] in grad's dtype, grad [T, N] of any strides; the rest as in `forward`."""
+    tokens, k = grad.shape[0], weight.shape[1]
+    a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
+    seed, step = _gate(p, seed, step)
+    config = choose("input", tokens, grad.dtype)
+    tiles = row_tiles(sizes, config.block_n, grad.device)
+    blocks, spans = triton.cdiv(tokens, config.block_t), triton.cdiv(k, SPAN.value)
+    if blocks * spans * len(tiles) == 0:
+        return grad.new_zeros(tokens, k)
+    per_split = triton.cdiv(len(tiles), triton.cdiv(PROGRAMS, blocks * spans))
+    splits = triton.cdiv(len(tiles), per_split)
+    dtype = grad.dtype if splits == 1 else wide(grad.dtype)
+    dx = torch.empty((splits, tokens, k), dtype=dtype, device=grad.device)
+    with on_device(grad):
+        input_kernel[(blocks, spans, splits)](
+            dx, grad, weight, a, b, p, q, gate_bias, seed, step, tiles,
+            T=tokens, k=k, tiles=len(tiles), stride_gt=grad.stride(0), stride_gn=grad.stride(1),
+            stride_wn=weight.stride(0), stride_wk=weight.stride(1),
+            R=a.shape[1], S=0 if p is None else p.shape[1],
+            BLOCK_N=config.block_n, SUBTILES=sub_tiles(k), BLOCK_T=config.block_t, PER_SPLIT=per_split,
+            **config.launch(),
+        )  # fmt: skip
+    return dx[0] if splits == 1 else dx.sum(0).to(grad.dtype)

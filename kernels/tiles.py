@@ -1,0 +1,96 @@
+"""Host-side data of the launchers: row tiles that never cross projections, and configurations."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut: rows and tokens of a tile, warps, pipeline stages, precision of dots with an fp32 operand."""
+
+    block_n: int
+    block_t: int
+    num_warps: int
+    precision: str
+    num_stages: int = 1
+
+    def __post_init__(self):
+        for name in ("block_n", "block_t"):
+            value = getattr(self, name)
+            if value < 16 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two of at least 16, got {value}")
+
+    def launch(self) -> dict:
+        """Launch options. Why without fp fusion: see `stamina_fast.kernels.philox`."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
+
+
+def interpreted() -> bool:
+    return triton.knobs.runtime.interpret
+
+
+def choose(kernel: str, tokens: int, dtype: torch.dtype) -> Config:
+    """One safe configuration for `kernel` ("forward", "input", "factors" or "fold").
+
+    The rows of a tile depend on the dtype alone, so that all kernels make the logits by the same dot. Types without exact
+    tensor-core products (fp32, fp64) take small tiles. Where fp32 meets a half-precision factor, NVIDIA's tensor cores do
+    three TF32 products (error near fp32's own); other makers have only the plain fp32 dot. The interpreter takes large
+    tiles, since its time is per operation.
+    """
+    tokens = 1 << max(4, (tokens - 1).bit_length())
+    if interpreted():
+        return Config(block_n=64, block_t=min(256, tokens), num_warps=4, precision="ieee")
+    if dtype.itemsize > 2:
+        return Config(block_n=16, block_t=16, num_warps=8, precision="ieee")
+    num_warps = 8 if kernel in ("input", "factors") else 4
+    precision = "ieee" if torch.version.hip else "tf32x3"
+    return Config(block_n=64, block_t=min(64, tokens), num_warps=num_warps, precision=precision)
+
+
+def sub_tiles(k: int) -> int:
+    """Sub-tiles of 32 columns in a span of 256 that a matrix of k columns can fill."""
+    return min(8, -(-k // 32))
+
+
+@lru_cache(maxsize=512)
+def row_tiles(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    """Tiles of at most `block` rows, none across two projections: int64 [tiles, 3] of (first row, end of rows, projection).
+
+    Made once for each (sizes, block, device), so that a captured graph finds it made.
+    """
+    tiles, start = [], 0
+    for group, size in enumerate(sizes):
+        stop = start + size
+        tiles += [(row, min(row + block, stop), group) for row in range(start, stop, block)]
+        start = stop
+    return torch.tensor(tiles, dtype=torch.int64, device=device).reshape(-1, 3)
+
+
+@lru_cache(maxsize=512)
+def tile_ranges(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
+    """The tiles of each projection in `row_tiles`: int64 [G, 2] of (first tile, end of tiles)."""
+    counts = torch.tensor([-(-size // block) for size in sizes], dtype=torch.int64)
+    ends = counts.cumsum(0)
+    return torch.stack([ends - counts, ends], 1).to(device)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def contiguous(*factors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The factors as the kernels index them; they are small, and rounded to the weight's dtype where they are loaded."""
+    return tuple(None if factor is None else factor.contiguous() for factor in factors)
+
+
+def on_device(tensor: Tensor):
+    """Triton launches on the current device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

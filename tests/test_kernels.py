@@ -1,0 +1,399 @@
+"""The Triton kernels in Triton's interpreter against the specification, and compiled for GPUs that need not be present."""
+
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import triton
+import triton.language as tl
+
+from stamina_fast import reference
+from stamina_fast.kernels import factors, fold, masked_linear, tiles
+from stamina_fast.kernels.philox import ROUNDS, gate_open, gate_slope
+from stamina_fast.noise import GateNoise, halves
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# a seed and a step that need all 64 bits
+NOISE = GateNoise(0x1234567_89ABCDEF, (5 << 32) + 7)
+# tolerances of a relative Frobenius error
+CLOSE = {torch.float16: 2e-6, torch.float32: 2e-6, torch.float64: 1e-13}
+
+
+def problem(tokens, k, sizes, r, s, dtype, gate=True, bias=True, seed=0):
+    """Random arguments: (grad, x, weight, a, b, p, q, gate_bias), factors in fp32 (fp64 for fp64)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, wide = sum(sizes), reference.compute_dtype(dtype)
+
+    def draw(*shape, as_dtype=wide):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, as_dtype)
+
+    grad, x, weight = draw(tokens, rows, as_dtype=dtype), draw(tokens, k, as_dtype=dtype), draw(rows, k, as_dtype=dtype)
+    a, b = draw(rows, r), draw(len(sizes), r, k)
+    p, q = (draw(rows, s), draw(len(sizes), s, k)) if gate else (None, None)
+    return grad, x, weight, a, b, p, q, draw(len(sizes)) if gate and bias else None
+
+
+def run(grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7):
+    """(y, dx, da, db, dp, dq, dc) of the kernels."""
+    seed, step = (None, None) if noise is None else noise.tensors(DEVICE)
+    arguments = (a, b, p, q, gate_bias, sizes, seed, step)
+    y = masked_linear.forward(x, weight, *arguments)
+    dx = masked_linear.backward_input(grad, weight, *arguments)
+    tau = torch.tensor(tau, dtype=reference.compute_dtype(x.dtype), device=DEVICE)
+    return y, dx, *factors.backward_factors(grad, x, *arguments, tau)
+
+
+def specified(grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7):
+    """y and dx of the reference in the same dtype; the factors' gradients in float64 from the rounded arguments.
+
+    In fp32 the reference's 1 - s loses digits where s is near 1, which the kernels do not.
+    """
+    dtype, options = weight.dtype, {"sizes": sizes, "noise": noise, "tau": tau}
+    bias = torch.zeros(len(sizes), device=DEVICE) if gate_bias is None and p is not None else gate_bias
+    y = reference.masked_linear(x, weight, a, b, p, q, bias, **options)
+    dx = reference.masked_linear_backward(grad, x, weight, a, b, p, q, bias, **options)[0]
+    rounded = (None if t is None else t.to(dtype).double() for t in (grad, x, weight, a, b, p, q))
+    exact = reference.masked_linear_backward(*rounded, None if bias is None else bias.double(), **options)
+    return y, dx, *exact[1:]
+
+
+def assert_close(got, wanted, dtype):
+    for name, one, other in zip(("y", "dx", "da", "db", "dp", "dq", "dc"), got, wanted, strict=True):
+        assert (one is None) == (other is None), name
+        if one is None:
+            continue
+        assert one.shape == other.shape, name
+        # y and dx were rounded to the dtype: a sum in another order may move them by one unit there
+        ulp = torch.finfo(one.dtype).eps if name in ("y", "dx") else 0.0
+        error = (one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-300)
+        assert error <= CLOSE[dtype] + ulp / 8, (name, float(error))
+        assert one.dtype == (dtype if name in ("y", "dx") else reference.compute_dtype(dtype)), name
+
+
+SHAPES = [
+    # tokens, k, sizes, r, s: ragged sizes, an empty projection, odd everything, a second span, ranks over one dot's
+    (1, 1, (1,), 1, 1),
+    (5, 40, (7, 70, 0, 3), 3, 5),
+    (17, 259, (2, 33), 2, 1),
+    (16, 64, (64, 65), 17, 33),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_reference(shape, dtype):
+    arguments = problem(*shape, dtype)
+    assert_close(run(*arguments, shape[2]), specified(*arguments, shape[2]), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("tokens", [3, 20, 65])
+def test_configurations_of_the_gpu(tokens, dtype, monkeypatch):
+    """The tiles that a GPU gets, in the interpreter, where others are the default."""
+    monkeypatch.setattr(tiles, "interpreted", lambda: False)
+    arguments = problem(tokens, 40, (7, 66), 3, 5, dtype)
+    assert_close(run(*arguments, (7, 66)), specified(*arguments, (7, 66)), dtype)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 is for the interpreter: the GPU backend refuses it")
+def test_float64():
+    arguments = problem(3, 40, (7, 70), 3, 5, torch.float64)
+    assert_close(run(*arguments, (7, 70)), specified(*arguments, (7, 70)), torch.float64)
+
+
+@pytest.mark.parametrize("variant", ["no gate", "no bias", "no noise"])
+def test_variants(variant):
+    arguments = problem(3, 40, (7, 70), 3, 5, torch.float32, gate=variant != "no gate", bias=variant != "no bias")
+    noise = None if variant == "no noise" else NOISE
+    assert_close(run(*arguments, (7, 70), noise), specified(*arguments, (7, 70), noise), torch.float32)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 40, (7, 5), 3, 5), (3, 40, (7, 5), 0, 5), (3, 40, (7, 5), 3, 0)],
+    ids=["no tokens", "rank 0", "gate rank 0"],
+)
+def test_empty(shape):
+    arguments = problem(*shape, torch.float32)
+    assert_close(run(*arguments, shape[2]), specified(*arguments, shape[2]), torch.float32)
+
+
+@pytest.mark.parametrize(("k", "sizes"), [(0, (7, 5)), (40, (0, 0))], ids=["no columns", "no rows"])
+def test_nothing_to_multiply(k, sizes):
+    """Empty sums are 0, in the shapes of the arguments."""
+    grad, x, weight, *others = problem(3, k, sizes, 2, 5, torch.float32)
+    fold.fold_(weight, *others, sizes, None)
+    for got, like in zip(run(grad, x, weight, *others, sizes), (grad, x, *others), strict=True):
+        assert torch.equal(got, torch.zeros_like(like))
+
+
+def strided(tensor, kind):
+    """The same values behind other strides."""
+    if tensor is None:
+        return None
+    if kind == "transposed":
+        return tensor.mT.contiguous().mT
+    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), float("nan"), dtype=tensor.dtype, device=DEVICE)
+    wide[..., 1::2] = tensor
+    return wide[..., 1::2]
+
+
+@pytest.mark.parametrize("kind", ["transposed", "gaps"])
+def test_strides(kind):
+    sizes = (7, 66)
+    plain = problem(5, 40, sizes, 3, 5, torch.float32)
+    other = tuple(t if t is plain[-1] else strided(t, kind) for t in plain)
+    for one, two in zip(run(*plain, sizes), run(*other, sizes), strict=True):
+        assert torch.equal(one, two)
+    folded, weight = plain[2].clone(), other[2]
+    fold.fold_(folded, *plain[3:], sizes, None)
+    fold.fold_(weight, *other[3:], sizes, None)
+    assert torch.equal(folded, weight)
+
+
+def test_expanded_gradient():
+    """`y.sum().backward()` hands over a gradient with strides of 0."""
+    grad, *rest = problem(5, 40, (7, 66), 3, 5, torch.float32)
+    ones = torch.ones((), device=DEVICE).expand(grad.shape)
+    for one, two in zip(run(ones, *rest, (7, 66)), run(ones.contiguous(), *rest, (7, 66)), strict=True):
+        assert torch.equal(one, two)
+
+
+def masks(sizes, k, p, q, gate_bias, noise):
+    """The mask as the forward, dx and the factors' gradients apply it, read off with A B = 1, W = 0 and unit inputs."""
+    rows, groups = sum(sizes), len(sizes)
+    zero = torch.zeros(rows, k, dtype=torch.float16, device=DEVICE)
+    a, b = torch.ones(rows, 1, device=DEVICE), torch.ones(groups, 1, k, device=DEVICE)
+    seed, step = (None, None) if noise is None else noise.tensors(DEVICE)
+    gate = (p, q, gate_bias, sizes, seed, step)
+    forward = masked_linear.forward(torch.eye(k, dtype=torch.float16, device=DEVICE), zero, a, b, *gate).T
+    backward = masked_linear.backward_input(torch.eye(rows, dtype=torch.float16, device=DEVICE), zero, a, b, *gate)
+    # dW = 1 and B = the unit matrix make dA = M
+    ones = torch.ones(1, max(rows, k), dtype=torch.float16, device=DEVICE)
+    unit = torch.eye(k, device=DEVICE).expand(groups, k, k)
+    tau = torch.ones((), device=DEVICE)
+    through = factors.backward_factors(ones[:, :rows], ones[:, :k], a.expand(rows, k), unit, *gate, tau)[0]
+    return [m.float() for m in (forward, backward, through)]
+
+
+def test_masks_are_one():
+    """Every mask element is the same in all kernels and in the fold, and the reference's away from the threshold."""
+    sizes, k, dtype = (33, 70), 70, torch.float16
+    *_, p, q, gate_bias = problem(1, k, sizes, 1, 4, dtype)
+    z = reference.noisy_logits(p, q, gate_bias, sizes, dtype, NOISE)
+    forward, backward, through = masks(sizes, k, p, q, gate_bias, NOISE)
+    assert torch.equal(forward, backward)
+    assert torch.equal(forward, through)
+    away = z.abs() >= 1e-5
+    assert torch.equal((z > 0)[away], forward.bool()[away])
+    assert 0.3 < forward.mean() < 0.7
+
+    plain, *others = masks(sizes, k, p, q, gate_bias, None)
+    weight = torch.zeros(sum(sizes), k, dtype=dtype, device=DEVICE)
+    a, b = torch.ones(sum(sizes), 1, device=DEVICE), torch.ones(2, 1, k, device=DEVICE)
+    fold.fold_(weight, a, b, p, q, gate_bias, sizes, None)
+    for other in (*others, weight.float()):
+        assert torch.equal(plain, other)
+
+
+@triton.jit
+def philox_kernel(out_ptr, seed_ptr, counters_ptr, WIDTH: tl.constexpr):
+    offs = tl.arange(0, WIDTH)
+    c0, c1, c2, c3 = (
+        tl.load(counters_ptr + offs),
+        tl.load(counters_ptr + WIDTH + offs),
+        tl.load(counters_ptr + 2 * WIDTH + offs),
+        tl.load(counters_ptr + 3 * WIDTH + offs),
+    )
+    w0, w1, w2, w3 = tl.philox(
+        tl.load(seed_ptr), c0.to(tl.uint32), c1.to(tl.uint32), c2.to(tl.uint32), c3.to(tl.uint32), ROUNDS
+    )
+    tl.store(out_ptr + offs, w0.to(tl.int64))
+    tl.store(out_ptr + WIDTH + offs, w1.to(tl.int64))
+    tl.store(out_ptr + 2 * WIDTH + offs, w2.to(tl.int64))
+    tl.store(out_ptr + 3 * WIDTH + offs, w3.to(tl.int64))
+
+
+@pytest.mark.parametrize(
+    ("key", "counter", "words"),
+    [
+        (0, "00000000 00000000 00000000 00000000", "5f6fb709 0d893f64 4f121f81 4f730a48"),
+        (-1, "ffffffff ffffffff ffffffff ffffffff", "5207ddc2 45165e59 4d8ee751 8c52f662"),
+        (0x299F31D0A4093822, "243f6a88 85a308d3 13198a2e 03707344", "4dfccaba 190a87f0 c47362ba b6b5242a"),
+    ],
+    ids=["zeros", "ones", "pi"],
+)
+def test_philox_known_answers(key, counter, words):
+    """Philox 4x32-7 of the Random123 distribution."""
+    counters = torch.tensor([[int(c, 16)] * 2 for c in counter.split()], dtype=torch.int64, device=DEVICE)
+    out = torch.full((4, 2), -1, dtype=torch.int64, device=DEVICE)
+    philox_kernel[(1,)](out, torch.tensor(key, device=DEVICE), counters, WIDTH=2)
+    assert out[:, 0].tolist() == out[:, 1].tolist() == [int(w, 16) for w in words.split()]
+
+
+def test_stream_layout():
+    """The kernel's draw of (row, column) is the specification's: logits on either side of its threshold show h exactly."""
+    rows, k = 3, 300
+    h = halves(NOISE, rows, k, DEVICE).double()
+    threshold = torch.log((65535.5 - h) / (h + 0.5))
+    for shift, wanted in ((1e-4, 1.0), (-1e-4, 0.0)):
+        q = (threshold + shift).unsqueeze(0)
+        # one projection with P = the unit matrix puts any logits into Q
+        p = torch.eye(rows, dtype=torch.float64, device=DEVICE)
+        a, b = torch.ones(rows, 1, device=DEVICE), torch.ones(1, 1, k, device=DEVICE)
+        eye, zero = torch.eye(k, device=DEVICE), torch.zeros(rows, k, device=DEVICE)
+        y = masked_linear.forward(eye, zero, a, b, p, q, None, (rows,), *NOISE.tensors(DEVICE))
+        assert (y == wanted).all()
+
+
+@triton.jit
+def gate_kernel(open_ptr, slope_ptr, logits_ptr, words_ptr, tau_ptr, WIDTH: tl.constexpr):
+    offs = tl.arange(0, WIDTH)
+    logits, words = tl.load(logits_ptr + offs), (tl.load(words_ptr + offs).to(tl.uint32),)
+    tl.store(open_ptr + offs, gate_open(logits, words, 0).to(tl.int8))
+    tl.store(slope_ptr + offs, gate_slope(logits, words, tl.load(tau_ptr), 0))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("tau", [0.1, 1.0, 10.0])
+def test_gate_at_extremes(tau):
+    """Every kind of draw against every kind of logit, overflowing ones too: the specification's mask, a finite slope."""
+    h = torch.tensor([0, 1, 2, 255, 32767, 32768, 65000, 65533, 65534, 65535])
+    size = torch.tensor([0.0, 1e-30, 1e-3, 0.5, 1, 5, 11, 12, 50, 88, 104, 1e4, 3e38, float("inf")])
+    logits, h = torch.cartesian_prod(torch.cat([size, -size]).double(), h.double()).T
+    width = triton.next_power_of_2(len(h))
+    padded, words = torch.zeros(width, device=DEVICE), torch.zeros(width, dtype=torch.int64, device=DEVICE)
+    padded[: len(h)], words[: len(h)] = logits, h
+    is_open, slope = torch.full((width,), -1, dtype=torch.int8, device=DEVICE), torch.full_like(padded, float("nan"))
+    gate_kernel[(1,)](is_open, slope, padded, words, torch.tensor(tau, device=DEVICE), WIDTH=width, enable_fp_fusion=False)
+    u = (words.double() + 0.5) / 65536
+    z = padded.double() + torch.log(u) - torch.log1p(-u)
+    away = z.abs() >= 1e-5
+    assert torch.equal((z > 0)[away], is_open.bool()[away])
+    assert slope.isfinite().all()
+    soft = torch.sigmoid(-z.abs() / tau)
+    torch.testing.assert_close(slope.double(), soft * (1 - soft) / tau, rtol=2e-4, atol=1e-30)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_small_integers_are_exact(dtype):
+    """Small integers make every product and sum exact: bit-equal to float64, with W and without."""
+    sizes, k, tokens = (35, 30), 40, 5
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randint(-1, 2, shape, generator=generator).to(DEVICE, torch.float64)
+
+    grad, x, weight = draw(tokens, 65), draw(tokens, k), draw(65, k)
+    a, b, p, q, gate_bias = draw(65, 2), draw(2, 2, k), draw(65, 3), draw(2, 3, k), torch.full((2,), 0.5, device=DEVICE)
+    for w in (weight, torch.zeros_like(weight)):
+        exact = specified(grad, x, w, a, b, p, q, gate_bias.double(), sizes)
+        half = [t.to(dtype) for t in (grad, x, w)]
+        got = run(*half, *(t.float() for t in (a, b, p, q, gate_bias)), sizes)
+        for index in range(4):
+            assert torch.equal(got[index].double(), exact[index]), index
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+@pytest.mark.parametrize("with_master", [False, True], ids=["alone", "master"])
+def test_fold(dtype, with_master):
+    sizes = (7, 70, 0)
+    _, _, weight, *rest = problem(1, 40, sizes, 3, 5, dtype)
+    master = (weight.float() + 1e-4).T.contiguous().T if with_master else None
+    expected, expected_master = weight.clone(), None if master is None else master.clone()
+    before = weight.clone() if master is None else master.clone()
+    reference.fold_(expected, *rest, sizes=sizes, master=expected_master)
+    assert fold.fold_(weight, *rest, sizes, master) is None
+    total, expected = (weight, expected) if master is None else (master, expected_master)
+    torch.testing.assert_close(total, expected, rtol=torch.finfo(total.dtype).eps, atol=1e-7)
+    if master is not None:
+        assert torch.equal(weight, master.to(dtype))
+    closed = ~reference.gate_mask(*rest[2:], sizes=sizes, dtype=dtype)
+    assert torch.equal(total[closed], before[closed])
+    assert not torch.equal(total, before)
+
+
+def test_fold_keeps_negative_zero():
+    weight = torch.full((3, 40), -0.0, device=DEVICE)
+    one, bias = torch.ones(3, 1, device=DEVICE), torch.full((1,), -5.0, device=DEVICE)
+    fold.fold_(weight, one, torch.ones(1, 1, 40, device=DEVICE), one, torch.zeros(1, 1, 40, device=DEVICE), bias, (3,), None)
+    assert torch.signbit(weight).all()
+
+
+def test_every_element_is_written(monkeypatch):
+    """Buffers that start as NaN end without one."""
+    plain = torch.empty
+
+    def poisoned(*arguments, **options):
+        buffer = plain(*arguments, **options)
+        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
+
+    arguments = problem(5, 40, (7, 70, 0), 3, 5, torch.float16)
+    expected = run(*arguments, (7, 70, 0))
+    monkeypatch.setattr(torch, "empty", poisoned)
+    for one, two in zip(run(*arguments, (7, 70, 0)), expected, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_repeats_and_program_order(monkeypatch):
+    """Bitwise the same again; under the interpreter also with the programs of a grid in random order."""
+    sizes = (300, 70)
+    arguments = problem(5, 40, sizes, 3, 5, torch.float16)
+    expected = run(*arguments, sizes)
+    ran = []
+    if DEVICE.type == "cpu":
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        in_order = builder.set_grid_idx
+
+        def shuffled(*index):
+            order = random.Random(3)
+            axes = [order.sample(range(n), n) for n in builder.grid_dim]
+            ran.append(tuple(axis[i] for axis, i in zip(axes, index, strict=True)))
+            in_order(*ran[-1])
+
+        monkeypatch.setattr(builder, "set_grid_idx", shuffled)
+    for one, two in zip(run(*arguments, sizes), expected, strict=True):
+        assert torch.equal(one, two)
+    assert DEVICE.type == "cuda" or ran != sorted(ran)
+
+
+def test_row_tiles_never_cross():
+    table = tiles.row_tiles((70, 0, 64, 1), 64, DEVICE).tolist()
+    assert table == [[0, 64, 0], [64, 70, 0], [70, 134, 2], [134, 135, 3]]
+    assert tiles.tile_ranges((70, 0, 64, 1), 64, DEVICE).tolist() == [[0, 2], [2, 2], [2, 3], [3, 4]]
+    assert tiles.row_tiles((), 64, DEVICE).shape == (0, 3)
+
+
+def test_config_is_validated():
+    with pytest.raises(ValueError, match="block_n must be a power of two of at least 16, got 48"):
+        tiles.Config(block_n=48, block_t=16, num_warps=4, precision="ieee")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype"),
+    [("90", "fp16"), *(pytest.param(c, d, marks=pytest.mark.long) for c in ("80", "90", "100") for d in ("bf16", "fp32"))],
+)
+def test_compiles_without_a_gpu(capability, dtype):
+    """Every kernel becomes machine code, in a process where the interpreter is off; half precision on tensor cores."""
+    script = Path(__file__).with_name("compile_kernels.py")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, script, capability, dtype]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 5, done.stdout
+    instruction = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA|HMMA"}[capability]
+    for line in lines:
+        assert "registers" in line, line
+        if dtype != "fp32" and "sum_kernel" not in line:
+            assert re.search(instruction, line), line
