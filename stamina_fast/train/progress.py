@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 
 class Reporter:
     """A line for the whole sequence and one for the concept in hand; silent where `shown` is false."""
 
-    def __init__(self, names: list[str], done: int, steps: int, shown: bool, console: Console | None = None):
+    def __init__(self, names: list[str], done: int, steps: int, shown: bool):
         self.names, self.steps = names, steps
         self.bars = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[state]}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console, disable=not shown,
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), disable=not shown,
         )
         self.whole = self.bars.add_task("all concepts", total=len(names) * steps, completed=done * steps, state="")
         self.one = self.bars.add_task("", total=steps, state="", visible=False)

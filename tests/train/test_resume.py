@@ -96,7 +96,12 @@ def poison_gradient(step, value):
     step.optimizer.norms = poisoned
 
 
+def poison_parameter(step, value):
+    step.optimizer.values[0].view(-1)[0] = value
+
+
 POISONS = {
+    r"the parameter stacks\.0\.a is not finite": poison_parameter,
     "the latents is not finite": poison_latents,
     "the U-Net's prediction is not finite": poison_prediction,
     r"the gradient of stacks\.0\.mask\.\S+ is not finite": poison_gradient,
@@ -126,3 +131,21 @@ def test_not_finite_rolls_the_task_back_and_names_the_tensor(named, at, three, u
     run_now = Run.open(tmp_path / "run")
     assert [task["sha256"] for task in run_now.tasks()] == [whole.tasks()[0]["sha256"]]
     assert [path.name for path in (tmp_path / "run" / "tasks").iterdir()] == ["01-cat"]
+
+
+def test_what_the_last_step_breaks_is_not_folded(three, tmp_path, monkeypatch):
+    """The last update is seen by no further step: it is looked at before the fold."""
+    original = Step.__call__
+
+    def call(step):
+        original(step)
+        if step.buffers.clock == SMALL["steps"]:
+            step.optimizer.values[1].view(-1)[0] = math.inf
+
+    monkeypatch.setattr(Step, "__call__", call)
+    pipeline = tinypipes.sd15()
+    before = tensors(pipeline)
+    with pytest.raises(StaminaError, match=r"cat: stacks\.0\.b is not finite after the last step"):
+        run(pipeline, three, tmp_path / "run")
+    assert_same(tensors(pipeline), before)
+    assert not Run.open(tmp_path / "run").tasks()
