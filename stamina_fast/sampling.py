@@ -1,4 +1,7 @@
-"""Pictures from a pipeline: one seed a picture, so that neither the batch nor the number of pictures changes any of them."""
+"""Pictures from a pipeline: each from noise of its own, whatever the batch and the number of pictures.
+
+The rounding of a product may depend on the batch: such pictures are equal to a level of eight bits or so, not to the bit.
+"""
 
 from __future__ import annotations
 
