@@ -135,8 +135,9 @@ def _sum_chunks(part: Tensor, ranges: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Sums of `part` [chunks, width] over the chunks of each projection, as `shape` = (G, ...)."""
     out = torch.empty(shape, dtype=part.dtype, device=part.device)
     if out.numel():
-        grid = (shape[0], triton.cdiv(part.shape[1], BLOCK_SUM))
-        sum_kernel[grid](out, part, ranges, width=part.shape[1], stride_part=part.stride(0), BLOCK=BLOCK_SUM)
+        width, options = part.shape[1], {"BLOCK": BLOCK_SUM, "enable_fp_fusion": False}
+        grid = (shape[0], triton.cdiv(width, BLOCK_SUM))
+        sum_kernel[grid](out, part, ranges, width=width, stride_part=part.stride(0), **options)
     return out
 
 

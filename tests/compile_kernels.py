@@ -61,7 +61,8 @@ def resources(binary: bytes) -> str:
         code = subprocess.run([TOOLS / "nvdisasm", "-c", path], capture_output=True, text=True, check=True).stdout
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout + usage.stderr).groups()
     count = Counter(re.findall(rf"\b({'|'.join(TENSOR_CORES)}|LDL|STL)\b", code))
-    return ", ".join([f"{registers} registers", f"{stack} bytes of stack", *(f"{n} {name}" for name, n in sorted(count.items()))])
+    instructions = (f"{number} {name}" for name, number in sorted(count.items()))
+    return ", ".join([f"{registers} registers", f"{stack} bytes of stack", *instructions])
 
 
 def main(capability: str, dtype: str) -> None:

@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from stamina_fast import reference
 from stamina_fast.kernels import factors, fold, masked_linear, tiles
@@ -365,6 +367,26 @@ def test_repeats_and_program_order(monkeypatch):
     for one, two in zip(run(*arguments, sizes), expected, strict=True):
         assert torch.equal(one, two)
     assert DEVICE.type == "cuda" or ran != sorted(ran)
+
+
+def test_nothing_of_the_weights_size_is_made():
+    """No tensor that any of the operators makes on the way has as much as a quarter of N k elements."""
+    sizes, k = (100, 60), 96
+    arguments = problem(3, k, sizes, 2, 2, torch.float32)
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.data_ptr() != arguments[2].data_ptr()]
+            self.numel = max([self.numel, *(t.untyped_storage().nbytes() // t.element_size() for t in made)])
+            return out
+
+    with Largest() as largest:
+        run(*arguments, sizes)
+        fold.fold_(*arguments[2:], sizes, None)
+    assert 3 * sum(sizes) <= largest.numel < sum(sizes) * k / 4
 
 
 def test_row_tiles_never_cross():
