@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -18,21 +17,21 @@ LATENT_CHANNELS = 6
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """A byte-pair vocabulary in which every word of the world is one token and any other text still has tokens."""
+    """A byte-pair vocabulary in which every word of the world is one token and any other text still has tokens.
+
+    The same in every process: no two words are equally frequent, since the trainer breaks ties by chance, and the ids
+    follow the alphabet.
+    """
     start, end = "<|startoftext|>", "<|endoftext|>"
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list("0123456789-.,'")
-    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", initial_alphabet=letters,
-                                  show_progress=False)
-    bpe.train_from_iterator([word for word in vocabulary() for _ in range(4)], trainer)
+    trainer = trainers.BpeTrainer(vocab_size=2000, min_frequency=1, end_of_word_suffix="</w>", show_progress=False)
+    words = vocabulary()
+    bpe.train_from_iterator((word for i, word in enumerate(words) for _ in range(1000 + 37 * i)), trainer)
     model = json.loads(bpe.to_str())["model"]
-    vocab = dict(model["vocab"])
-    for letter in letters:
-        for piece in (letter, letter + "</w>"):
-            vocab.setdefault(piece, len(vocab))
-    for special in (start, end):
-        vocab.setdefault(special, len(vocab))
+    letters = [*"abcdefghijklmnopqrstuvwxyz0123456789-.,'"]
+    pieces = {*model["vocab"], *letters, *(f"{letter}</w>" for letter in letters)}
+    vocab = {piece: i for i, piece in enumerate([*sorted(pieces), start, end])}
     merges = [tuple(pair) for pair in model["merges"]]
     return CLIPTokenizer(vocab=vocab, merges=merges, unk_token=end, bos_token=start, eos_token=end, pad_token=end,
                          model_max_length=TEXT_LENGTH)
@@ -75,14 +74,10 @@ def build_scheduler() -> DDIMScheduler:
     )
 
 
-def build_pipeline() -> StableDiffusionPipeline:
-    """The whole pipeline with fresh weights, fp32, on the CPU."""
-    tokenizer = build_tokenizer()
+def build_pipeline(tokenizer: CLIPTokenizer | None = None) -> StableDiffusionPipeline:
+    """The whole pipeline with fresh weights, fp32, on the CPU; with a tokenizer of its own unless one is given."""
+    tokenizer = tokenizer or build_tokenizer()
     return StableDiffusionPipeline(
         vae=build_vae(), text_encoder=build_text_encoder(tokenizer), tokenizer=tokenizer, unet=build_unet(),
         scheduler=build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )
-
-
-def parameter_count(module: torch.nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

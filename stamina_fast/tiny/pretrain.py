@@ -17,9 +17,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from .canvas import value_noise
-from .pipeline import TEXT_LENGTH, build_pipeline
+from .pipeline import TEXT_LENGTH, build_pipeline, build_tokenizer
 from .world import scene
 
 
@@ -202,7 +203,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    pipe = build_pipeline()
+    if not (work / "tokenizer").exists():
+        build_tokenizer().save_pretrained(work / "tokenizer")
+    pipe = build_pipeline(CLIPTokenizer.from_pretrained(work / "tokenizer"))
     images, captions = pictures(work, arguments.pictures)
     train_autoencoder(pipe.vae, images, work, arguments.autoencoder_steps, 32, device)
     latents = encode(pipe.vae, images, work, device)
