@@ -354,10 +354,14 @@ def test_penalties_and_density():
     assert not stack.b.grad.any()
     train_(adapters, seed=2)
     adapters.noise = NOISE
-    _, forgetting = adapters.penalties()
-    weights = effective(adapters.arguments()[0], NOISE)
-    delta = torch.cat([weights[name] for name in stack.names]) - stack.weight
-    torch.testing.assert_close(forgetting, (past * delta).square().sum())
+    for task in ("two", "three"):
+        _, forgetting = adapters.penalties()
+        weights = effective(adapters.arguments()[0], NOISE)
+        delta = torch.cat([weights[name] for name in stack.names]) - stack.weight
+        torch.testing.assert_close(forgetting, (past * delta).square().sum())
+        adapters.fold_(task)
+        past = stack.weight - stack.base
+        train_(adapters, seed=3)
     mask = torch.cat([adapters.get_delta_weight(name) for name in stack.names]) != 0
     torch.testing.assert_close(adapters.density(), mask.double().mean())
 

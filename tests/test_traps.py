@@ -48,6 +48,18 @@ def test_a_cast_model_keeps_its_residual_and_its_master(move, folded):
     assert model.get_submodule(NAME).weight.dtype == dtype
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_cast_rounds_anew_from_the_master(dtype):
+    model, adapters = attached(dtype=torch.bfloat16)
+    train_(adapters)
+    adapters.fold_("one")
+    (stack,), lost = adapters.stacks, model.get_submodule(NAME).weight.to(dtype, copy=True)
+    model.to(dtype)
+    adapters.arguments()
+    assert torch.equal(stack.weight, stack.master.to(dtype))
+    assert not torch.equal(model.get_submodule(NAME).weight, lost)
+
+
 @pytest.mark.parametrize("assign", [False, True])
 def test_loaded_weights_become_the_base_while_nothing_is_folded(assign):
     model, adapters = attached()
