@@ -8,6 +8,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tinypipes
 import torch
@@ -86,9 +87,11 @@ def test_sample_writes_pictures_that_depend_on_seed_and_number(run, tmp_path):
         result = call("sample", run, "--prompt", "my <cat>", "--count", count, "--steps", 2, "--output", tmp_path / name)
         assert result.exit_code == 0, result.output + repr(result.exception)
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["0000.png", "0001.png"]
-    one, two = ((tmp_path / name / "0000.png").read_bytes() for name in ("one", "two"))
-    assert one == two
-    assert two != (tmp_path / "two" / "0001.png").read_bytes()
+    names = "one/0000.png", "two/0000.png", "two/0001.png"
+    one, same, other = (np.asarray(Image.open(tmp_path / name), np.int16) for name in names)
+    # a batch of another size may be summed in another order, which moves a rounding here and there
+    assert abs(one - same).max() <= 1
+    assert abs(one - other).max() > 20
 
 
 def test_export_of_all_concepts_has_the_bits_of_the_run(run, tmp_path):
