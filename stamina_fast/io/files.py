@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +58,6 @@ def clear_errors(doing: str, path: Path) -> Iterator[None]:
 
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hex digits."""
-    with clear_errors("read", path), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
@@ -154,13 +148,12 @@ def write_bytes(path: Path, data: bytes) -> str:
     return sha256(data)
 
 
-def read_bytes(path: Path, expected: Collection[str] | None = None) -> bytes:
-    """The bytes of a file, checked against the SHA-256s that it may have when they are given."""
+def read_bytes(path: Path, expected: str | None = None) -> bytes:
+    """The bytes of a file, checked against their SHA-256 when that is given."""
     with clear_errors("read", path):
         data = Path(path).read_bytes()
-    if expected is not None and (found := sha256(data)) not in expected:
-        recorded = " or ".join(digest[:12] for digest in expected)
-        raise FileError(f"{str(path)!r} is damaged: its SHA-256 begins {found[:12]}, recorded is {recorded}; "
+    if expected is not None and (found := sha256(data)) != expected:
+        raise FileError(f"{str(path)!r} is damaged: its SHA-256 begins {found[:12]}, recorded is {expected[:12]}; "
                         "restore it from a copy")
     return data
 
@@ -192,7 +185,7 @@ def write_json(path: Path, value: Any) -> str:
 
 def read_json(path: Path, expected: str | None = None) -> Any:
     """Read JSON, checked against a SHA-256 when that is given."""
-    data = read_bytes(path, expected and [expected])
+    data = read_bytes(path, expected)
     try:
         return parse_json(data)
     except ValueError as error:
@@ -208,8 +201,8 @@ def yaml_bytes(value: Any) -> bytes:
         raise InputError(f"not fit for YAML: {reason}; give numbers, text, lists and dicts") from error
 
 
-def read_yaml(path: Path, expected: Collection[str] | None = None) -> Any:
-    """Read YAML with plain values only, checked against the SHA-256s that it may have when they are given."""
+def read_yaml(path: Path, expected: str | None = None) -> Any:
+    """Read YAML with plain values only, checked against a SHA-256 when that is given."""
     data = read_bytes(path, expected)
     try:
         return yaml.safe_load(data)
@@ -233,7 +226,7 @@ def read_tensors(path: Path, expected: str | None = None) -> dict[str, Tensor]:
 
     Raises FileError for what the format's own reader lets pass too: a name that occurs twice or that climbs out of a folder.
     """
-    data = read_bytes(path, expected and [expected])
+    data = read_bytes(path, expected)
     try:
         _check_header(data)
         return safetensors.torch.load(data)

@@ -53,11 +53,11 @@ class _Record(BaseModel):
 
 
 class _Manifest(BaseModel):
-    """`config` is the SHA-256 of config.yaml (two while it is being changed), `sha256` that of everything else here."""
+    """`config` is the SHA-256 of config.yaml `sha256` that of everything else here."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     tasks: list[_Record] = []
-    config: list[Digest]
+    config: Digest
     sha256: str = ""
 
     def digest(self) -> str:
@@ -98,7 +98,7 @@ class Run:
         if there - (unborn if resume else set()):
             remedy = "choose another folder" if resume else "resume it if it is a run, or choose another folder"
             raise FileError(f"{str(path)!r} is not empty; {remedy}")
-        manifest = _Manifest(config=[write_bytes(path / "config.yaml", yaml_bytes(config))])
+        manifest = _Manifest(config=write_bytes(path / "config.yaml", yaml_bytes(config)))
         run = cls(path, read_yaml(path / "config.yaml", manifest.config))
         run._write(manifest)
         return run
@@ -112,16 +112,6 @@ class Run:
         run = cls(path, {})
         run.config = read_yaml(path / "config.yaml", run._read().config)
         return run
-
-    def configure(self, config: dict[str, Any]) -> None:
-        """Replace the config, for a run that goes on with more than it was created for; whole at any moment."""
-        manifest, data = self._read(), yaml_bytes(config)
-        manifest.config.append(sha256(data))
-        self._write(manifest)
-        write_bytes(self.path / "config.yaml", data)
-        manifest.config = [sha256(data)]
-        self._write(manifest)
-        self.config = read_yaml(self.path / "config.yaml", manifest.config)
 
     def tasks(self) -> list[dict[str, Any]]:
         """The finished tasks in order, as the manifest has them: name, sha256, folder, files, folded_by."""

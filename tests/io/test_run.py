@@ -116,15 +116,6 @@ def test_a_curve_that_is_not_finite_leaves_nothing(tmp_path):
     assert not list((tmp_path / "tasks").iterdir())
 
 
-def test_a_run_can_go_on_with_another_config(tmp_path):
-    run = Run.create(tmp_path, CONFIG)
-    commit(run, 0)
-    run.configure({**CONFIG, "more": [1]})
-    assert run.config["more"] == [1]
-    assert Run.open(tmp_path).config == run.config
-    check(run, 1)
-
-
 CALLS = ("open", "write", "fsync", "replace", "mkdir")
 
 
@@ -214,21 +205,16 @@ def test_a_disk_that_refuses_each_call(tmp_path, monkeypatch, code):
         check(Run.open(path), 3)
 
 
-@pytest.mark.parametrize("what", ["create", "configure"])
-def test_stopped_while_a_run_begins_or_changes(tmp_path, monkeypatch, what):
-    changed = {**CONFIG, "steps": 4}
+def test_stopped_while_a_run_begins(tmp_path, monkeypatch):
     for number in range(30):
         path = tmp_path / str(number)
-        run = Run.create(path, CONFIG) if what == "configure" else None
         with monkeypatch.context() as patch:
             seen = on_call(patch, number, dead)
             patch.setattr("pathlib.Path.unlink", lambda self, missing_ok=False: None)
             with contextlib.suppress(Stop):
-                Run.create(path, CONFIG) if run is None else run.configure(changed)
-        if run is not None:
-            assert Run.open(path).config in (CONFIG, changed)
+                Run.create(path, CONFIG)
         run = Run.create(path, CONFIG, resume=True)
-        assert run.config in (CONFIG, changed)
+        assert run.config == CONFIG
         commit(run, 0)
         assert not partials(path)
     assert len(seen) < 30
