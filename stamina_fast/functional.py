@@ -94,7 +94,7 @@ def masked_linear(
         raise ValueError(f"x must be [..., k] with k = {k}, got {list(x.shape)}")
     if torch.is_grad_enabled() and weight.requires_grad:
         raise ValueError("weight is frozen but requires a gradient; call weight.requires_grad_(False)")
-    if torch.is_autocast_enabled(x.device.type):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         low = torch.get_autocast_dtype(x.device.type)
         x, weight = (t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (x, weight))
     if x.dtype != weight.dtype or x.dtype not in FLOATS:

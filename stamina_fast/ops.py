@@ -74,8 +74,7 @@ def masked_linear_backward(
     rows = tuple(sizes)
     inputs = (x, a, b, p, q, gate_bias)
     if chosen == "triton":
-        from .kernels import factors
-        from .kernels import masked_linear as kernel
+        from .kernels import factors, masked_linear as kernel
 
         flat = _flat(grad)
         dx = kernel.backward_input(flat, weight, a, b, p, q, gate_bias, rows, seed, step).view(x.shape) if need_x else None

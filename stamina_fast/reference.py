@@ -17,8 +17,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .noise import GateNoise
-from .noise import uniforms as draw_uniforms
+from .noise import GateNoise, uniforms as draw_uniforms
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -27,18 +26,18 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @contextmanager
 def full_precision(device: torch.device):
-    """fp32 products without TF32 and outside autocast, whatever the surroundings ask for."""
-    matmul = torch.backends.cuda.matmul
-    with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
+    """fp32 products without TF32, without bf16, and outside autocast, whatever the surroundings ask for."""
+    if device.type == "meta":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul if device.type == "cuda" else torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        with torch.autocast(device.type, enabled=False):
             yield
-            return
-        before = matmul.allow_tf32
-        matmul.allow_tf32 = False
-        try:
-            yield
-        finally:
-            matmul.allow_tf32 = before
+    finally:
+        matmul.fp32_precision = before
 
 
 class _Round(torch.autograd.Function):

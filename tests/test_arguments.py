@@ -4,8 +4,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 import stamina_fast as sf
 
@@ -118,7 +117,9 @@ BAD = {
     "a transposed": (dict(a=torch.zeros(2, 3)), r"a must be \[N, r\] = \[3, 3\], got \[2, 3\]"),
     "p alone": (dict(p=torch.zeros(3, 2)), r"p and q go together"),
     "bias alone": (dict(gate_bias=torch.zeros(1)), r"gate_bias needs p and q"),
-    "bias of the wrong length": (dict(p=torch.zeros(3, 1), q=torch.zeros(1, 1, 4), gate_bias=torch.zeros(2)), r"gate_bias must be"),
+    "bias of the wrong length": (
+        dict(p=torch.zeros(3, 1), q=torch.zeros(1, 1, 4), gate_bias=torch.zeros(2)), r"gate_bias must be \[G\] = \[1\]",
+    ),
     "tau": (dict(tau=0.0), r"tau must be positive, got 0.0"),
     "tau of a shape": (dict(tau=torch.ones(2)), r"tau must be a float or a 0-dim"),
     "device": (dict(a=torch.zeros(3, 2, device="meta")), r"a must be on cpu, got meta"),

@@ -161,6 +161,27 @@ def test_wide_factors_are_rounded_to_the_weight_before_the_gate():
     assert sf.fold_(zero.float(), a, b, p, q, bias).all()
 
 
+def test_the_callers_matmul_precision_does_not_reach_in():
+    sizes = (256, 256)
+    x, weight, factors = case(n=512, k=512, sizes=sizes, rank=16, gate=16, tokens=(256,))
+    want, want_grads = gradients(sf.masked_linear, x, weight, factors, sizes=sizes)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        got, grads = gradients(sf.masked_linear, x, weight, factors, sizes=sizes)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(got, want)
+    assert all(torch.equal(g, w) for g, w in zip(grads, want_grads, strict=True))
+
+
+def test_shapes_are_known_on_the_meta_device():
+    x, weight, factors = case()
+    there = {name: t.to("meta") for name, t in factors.items()}
+    assert sf.masked_linear(x.to("meta"), weight.to("meta"), **there, sizes=SIZES).shape == (2, 6, N)
+
+
 def test_small_integers_are_exact():
     g = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randint(-2, 3, shape, generator=g).double()  # noqa: E731
@@ -271,7 +292,6 @@ def test_compiled_without_a_break_and_folds_take_effect():
     for step in range(3):
         noise = sf.GateNoise(7, step)
         got = torch.autograd.grad(loss(x, noise), leaves.values())
-        y, want = gradients(sf.masked_linear, x, weight, factors, sizes=SIZES, noise=noise, tau=0.5)
         want = torch.autograd.grad(
             sf.masked_linear(x, weight, **leaves, sizes=SIZES, noise=noise, tau=0.5).square().sum(), leaves.values()
         )
