@@ -41,12 +41,13 @@ METHODS = {
     ),
     "lora": Method("sequential low-rank adaptation: no mask, no penalty", NO_MASK | {"forgetting_weight": 0.0}),
     "c-lora": Method(
-        "low-rank residuals without a mask, penalised where the folded past is large (arXiv 2304.06027, Eq. 3)", NO_MASK,
+        "low-rank residuals without a mask, penalised where the folded past is large, and a token that is learned itself "
+        "(arXiv 2304.06027, Eq. 3)", NO_MASK | {"token_mlp": False},
         proposes={"forgetting_weight": 100.0},
     ),
     "token-only": Method(
         "textual inversion: the token alone is trained, the weights stay as they are",
-        NO_MASK | {"forgetting_weight": 0.0, "rank": 1}, {"learning_rate": 0.0},
+        NO_MASK | {"forgetting_weight": 0.0, "rank": 1, "token_mlp": False}, {"learning_rate": 0.0},
     ),
 }
 

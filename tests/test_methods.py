@@ -28,7 +28,8 @@ def test_methods_differ_in_what_makes_them():
     lora, _ = methods.apply("lora", config, options)
     clora, _ = methods.apply("c-lora", config, options)
     assert (lora.mask, lora.sparsity_weight, lora.forgetting_weight) == ("none", 0.0, 0.0)
-    assert dataclasses.replace(clora, forgetting_weight=0.0) == lora
+    assert dataclasses.replace(clora, forgetting_weight=0.0, token_mlp=True) == lora
+    assert not clora.token_mlp
     assert clora.forgetting_weight > 0
     assert methods.apply("c-lora", StaminaConfig(forgetting_weight=7.0), options)[0].forgetting_weight == 7.0
     assert methods.apply("token-only", config, options)[1].learning_rate == 0

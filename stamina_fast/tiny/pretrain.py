@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
@@ -67,6 +68,8 @@ def train_autoencoder(vae, images, work: Path, steps: int, batch: int, device) -
     path = work / "vae.safetensors"
     if path.exists():
         vae.load_state_dict(load_file(path))
+        return
+    if not steps:
         return
     vae.to(device).train()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
@@ -188,6 +191,7 @@ def train_denoiser(pipe, latents, captions, work: Path, steps: int, batch: int, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="pictures, checkpoints and logs")
+    parser.add_argument("--start", type=Path, help="a pipeline to go on from; with --autoencoder-steps 0 its VAE is kept")
     parser.add_argument("--output", type=Path, help="where to write the pipeline (fp16); default: WORK/model")
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--autoencoder-steps", type=int, default=2000)
@@ -203,9 +207,12 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / "tokenizer").exists():
-        build_tokenizer().save_pretrained(work / "tokenizer")
-    pipe = build_pipeline(CLIPTokenizer.from_pretrained(work / "tokenizer"))
+    if arguments.start:
+        pipe = StableDiffusionPipeline.from_pretrained(arguments.start, torch_dtype=torch.float32)
+    else:
+        if not (work / "tokenizer").exists():
+            build_tokenizer().save_pretrained(work / "tokenizer")
+        pipe = build_pipeline(CLIPTokenizer.from_pretrained(work / "tokenizer"))
     images, captions = pictures(work, arguments.pictures)
     train_autoencoder(pipe.vae, images, work, arguments.autoencoder_steps, 32, device)
     latents = encode(pipe.vae, images, work, device)
