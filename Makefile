@@ -4,7 +4,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# threads that wait by spinning make a busy machine forty times slower, and a free one hardly faster
+# threads that spin while they wait make a busy two-core machine far slower, and a free one hardly faster
 export OMP_WAIT_POLICY ?= passive
 TORCH ?= 2.13.0
 JOBS ?= 2
