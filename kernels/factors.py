@@ -26,7 +26,7 @@ from stamina_fast.kernels.philox import (
     sub_tile,
     wide_dtype,
 )
-from stamina_fast.kernels.tiles import choose, contiguous, on_device, row_tiles, sub_tiles, tile_ranges, wide
+from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, row_tiles, sub_tiles, tile_ranges, wide
 
 # rows a program walks: whole row tiles, so that they are those of the forward
 CHUNK_N = 256
@@ -47,7 +47,7 @@ def weight_gradient(
         g = tl.load(g, mask_n[:, None] & mask_t[None, :], 0.0)  # [BLOCK_N, BLOCK_T]
         x = x_ptr + col0 * stride_xk + offs_t[:, None] * stride_xt + lanes[None, :] * stride_xk
         x = tl.load(x, mask_t[:, None] & mask_k[None, :], 0.0)  # [BLOCK_T, LANES]
-        acc = tl.dot(g, x, acc, input_precision="ieee")
+        acc = tl.dot(g, x, acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc
 
 
@@ -97,11 +97,11 @@ def factors_kernel(
                 dc += tl.sum(dl, 1)
                 p_t = load_left(p_ptr, rows[None, :], mask_n[None, :], offs_r[:, None], S, DTYPE).to(WIDE)
                 q_t = load_right(q_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, S, DTYPE).to(WIDE)
-                dp = tl.dot(dl, q_t, dp, input_precision=PRECISION)
-                new_dqs += (tl.dot(p_t, dl, dqs[j], input_precision=PRECISION),)
+                dp = tl.dot(dl, q_t, dp, input_precision=PRECISION, out_dtype=WIDE)
+                new_dqs += (tl.dot(p_t, dl, dqs[j], input_precision=PRECISION, out_dtype=WIDE),)
             b_t = load_right(b_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, R, DTYPE).to(WIDE)
-            da = tl.dot(ddelta, b_t, da, input_precision=PRECISION)
-            new_dbs += (tl.dot(a_t, ddelta, dbs[j], input_precision=PRECISION),)
+            da = tl.dot(ddelta, b_t, da, input_precision=PRECISION, out_dtype=WIDE)
+            new_dbs += (tl.dot(a_t, ddelta, dbs[j], input_precision=PRECISION, out_dtype=WIDE),)
         dbs = new_dbs
         left = left_ptr + (span * N + rows[:, None]) * (R + S) + offs_r[None, :]
         tl.store(left, da, mask_n[:, None] & (offs_r < R)[None, :])
@@ -150,7 +150,7 @@ def backward_factors(grad, x, a, b, p, q, gate_bias, sizes, seed, step, tau):
     (tokens, k), rows = x.shape, grad.shape[1]
     a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
     r, s = a.shape[1], 0 if p is None else p.shape[1]
-    config = choose("factors", tokens, x.dtype)
+    config = choose("factors", tokens, x.dtype, capability(x.device))
     chunks, ranges = (table(sizes, CHUNK_N, x.device) for table in (row_tiles, tile_ranges))
     spans = triton.cdiv(k, SPAN.value)
     dtype, both, groups = wide(x.dtype), (r + s) * k, len(sizes)

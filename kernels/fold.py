@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from stamina_fast.kernels.philox import SPAN, masked_delta, sub_tile
-from stamina_fast.kernels.tiles import choose, contiguous, on_device, row_tiles, sub_tiles
+from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, row_tiles, sub_tiles
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def fold_(weight, a, b, p, q, gate_bias, sizes, master) -> None:
     """
     k = weight.shape[1]
     # one configuration, never tuned by running: a second run would fold twice
-    config = choose("fold", 0, weight.dtype)
+    config = choose("fold", 0, weight.dtype, capability(weight.device))
     tiles = row_tiles(sizes, config.block_n, weight.device)
     if weight.numel() == 0:
         return

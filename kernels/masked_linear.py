@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stamina_fast.kernels.philox import LANES, SPAN, gate_words, masked_delta, sub_tile, wide_dtype
-from stamina_fast.kernels.tiles import choose, contiguous, on_device, row_tiles, sub_tiles, wide
+from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, row_tiles, sub_tiles, wide
 
 # dx is split over N until this many programs run; a fixed number, so that the order of a sum is the same on every device
 PROGRAMS = 256
@@ -27,6 +27,7 @@ def forward_kernel(
 ):  # fmt: skip
     """Yᵀ[n, t] = Σ_k (W + M ⊙ A B)[n, k] Xᵀ[k, t]; a program owns one row tile and BLOCK_T tokens, y is contiguous."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    WIDE: tl.constexpr = wide_dtype(DTYPE)
     tile = tiles_ptr + 3 * tl.program_id(0)
     row0, row1, group = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     rows = row0 + tl.arange(0, BLOCK_N)
@@ -35,7 +36,7 @@ def forward_kernel(
     mask_t = offs_t < T
 
     # the residual is the left operand as it comes out of its own dot: no transpose of a computed tile
-    acc = tl.full((BLOCK_N, BLOCK_T), 0.0, wide_dtype(DTYPE))
+    acc = tl.full((BLOCK_N, BLOCK_T), 0.0, WIDE)
     for span in range(tl.cdiv(k, SPAN)):
         words = gate_words(seed_ptr, step_ptr, rows, span)
         for j in tl.static_range(SUBTILES):
@@ -46,8 +47,8 @@ def forward_kernel(
             w = w_ptr + col0 * stride_wk + rows[:, None] * stride_wn + lanes[None, :] * stride_wk
             w = tl.load(w, mask_n[:, None] & mask_k[None, :], 0.0)  # [BLOCK_N, LANES]
             delta = masked_delta(a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, words, rows, mask_n, group, columns, k, j, R, S, DTYPE)
-            acc = tl.dot(w, x, acc, input_precision="ieee")
-            acc = tl.dot(delta.to(DTYPE), x, acc, input_precision="ieee")
+            acc = tl.dot(w, x, acc, input_precision="ieee", out_dtype=WIDE)
+            acc = tl.dot(delta.to(DTYPE), x, acc, input_precision="ieee", out_dtype=WIDE)
     y = y_ptr + offs_t[None, :] * N + rows[:, None]
     tl.store(y, acc.to(y_ptr.dtype.element_ty), mask_n[:, None] & mask_t[None, :])
 
@@ -61,6 +62,7 @@ def input_kernel(
 ):  # fmt: skip
     """dX[split, t, c] = Σ_n G[t, n] (W + M ⊙ A B)[n, c] over PER_SPLIT row tiles; a program owns BLOCK_T tokens, a span."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
+    WIDE: tl.constexpr = wide_dtype(DTYPE)
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
     span = tl.program_id(1).to(tl.int64)
@@ -68,7 +70,7 @@ def input_kernel(
 
     sums = ()
     for _ in tl.static_range(SUBTILES):
-        sums += (tl.full((BLOCK_T, LANES), 0.0, wide_dtype(DTYPE)),)
+        sums += (tl.full((BLOCK_T, LANES), 0.0, WIDE),)
     for index in range(split * PER_SPLIT, tl.minimum((split + 1) * PER_SPLIT, tiles)):
         tile = tiles_ptr + 3 * index
         row0, row1, group = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
@@ -84,8 +86,8 @@ def input_kernel(
             w = w_ptr + col0 * stride_wk + rows[:, None] * stride_wn + lanes[None, :] * stride_wk
             w = tl.load(w, mask_n[:, None] & mask_k[None, :], 0.0)  # [BLOCK_N, LANES]
             delta = masked_delta(a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, words, rows, mask_n, group, columns, k, j, R, S, DTYPE)
-            acc = tl.dot(g, w, sums[j], input_precision="ieee")
-            added += (tl.dot(g, delta.to(DTYPE), acc, input_precision="ieee"),)
+            acc = tl.dot(g, w, sums[j], input_precision="ieee", out_dtype=WIDE)
+            added += (tl.dot(g, delta.to(DTYPE), acc, input_precision="ieee", out_dtype=WIDE),)
         sums = added
     for j in tl.static_range(SUBTILES):
         col0, lanes, mask_k = sub_tile(span, k, j)
@@ -110,7 +112,7 @@ def forward(x, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Tensor:
         return y
     a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
     seed, step = _gate(p, seed, step)
-    config = choose("forward", tokens, x.dtype)
+    config = choose("forward", tokens, x.dtype, capability(x.device))
     tiles = row_tiles(sizes, config.block_n, x.device)
     with on_device(x):
         forward_kernel[(len(tiles), triton.cdiv(tokens, config.block_t))](
@@ -128,7 +130,7 @@ def backward_input(grad, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Te
     tokens, k = grad.shape[0], weight.shape[1]
     a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
     seed, step = _gate(p, seed, step)
-    config = choose("input", tokens, grad.dtype)
+    config = choose("input", tokens, grad.dtype, capability(grad.device))
     tiles = row_tiles(sizes, config.block_n, grad.device)
     blocks, spans = triton.cdiv(tokens, config.block_t), triton.cdiv(k, SPAN.value)
     if blocks * spans * len(tiles) == 0:

@@ -58,7 +58,7 @@ def low_rank(left_ptr, right_ptr, rows, mask_n, group, columns, k, RANK: tl.cons
         offs_r = r0 + tl.arange(0, RANK_STEP)
         left = load_left(left_ptr, rows[:, None], mask_n[:, None], offs_r[None, :], RANK, DTYPE)
         right = load_right(right_ptr, group, offs_r[:, None], col0, lanes[None, :], mask_k[None, :], k, RANK, DTYPE)
-        product = tl.dot(left, right, product, input_precision="ieee")
+        product = tl.dot(left, right, product, input_precision="ieee", out_dtype=product.dtype)
     return product
 
 

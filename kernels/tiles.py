@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -32,12 +32,25 @@ class Config:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
 
 
+# before 3.8, Triton gives each dot of a kernel its own tensor memory on Blackwell, more than there is
+SHARES_TENSOR_MEMORY = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 8)
+
+
 def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-def choose(kernel: str, tokens: int, dtype: torch.dtype) -> Config:
-    """One safe configuration for `kernel` ("forward", "input", "factors" or "fold").
+@cache
+def capability(device: torch.device) -> int:
+    """80, 90, 100, ... for an NVIDIA GPU; 0 for any other device."""
+    if device.type != "cuda" or torch.version.hip:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def choose(kernel: str, tokens: int, dtype: torch.dtype, gpu: int) -> Config:
+    """One safe configuration for `kernel` ("forward", "input", "factors" or "fold") on a GPU of this `capability`.
 
     The rows of a tile depend on the dtype alone, so that all kernels make the logits by the same dot. Types without exact
     tensor-core products (fp32, fp64) take small tiles. Where fp32 meets a half-precision factor, NVIDIA's tensor cores do
@@ -49,8 +62,11 @@ def choose(kernel: str, tokens: int, dtype: torch.dtype) -> Config:
         return Config(block_n=64, block_t=min(256, tokens), num_warps=4, precision="ieee")
     if dtype.itemsize > 2:
         return Config(block_n=16, block_t=16, num_warps=8, precision="ieee")
+    precision = "tf32x3" if gpu else "ieee"
+    if gpu // 10 in (10, 11) and not SHARES_TENSOR_MEMORY:
+        # two warps are too few for the instructions that need tensor memory
+        return Config(block_n=64, block_t=min(32, tokens), num_warps=2, precision=precision)
     num_warps = 8 if kernel in ("input", "factors") else 4
-    precision = "ieee" if torch.version.hip else "tf32x3"
     return Config(block_n=64, block_t=min(64, tokens), num_warps=num_warps, precision=precision)
 
 

@@ -68,9 +68,12 @@ def resources(binary: bytes) -> str:
 def main(capability: str, dtype: str) -> None:
     target = GPUTarget("cuda", int(capability), 32)
     for name, kernel in KERNELS.items():
-        config = choose(name, 77, DTYPES[dtype])
+        config = choose(name, 77, DTYPES[dtype], int(capability))
         options = {} if name == "sum" else config.launch()
         compiled = triton.compile(source(kernel, dtype, config), target=target, options=options)
+        # a kernel that asks for more tensor memory than there is compiles to a trap
+        if (compiled.metadata.tmem_size or 0) > 512:
+            raise SystemExit(f"{kernel.__name__} takes {compiled.metadata.tmem_size} columns of tensor memory, of 512")
         shared = f"{compiled.metadata.shared} bytes shared"
         print(f"sm_{capability} {dtype} {kernel.__name__}: {shared}, {resources(compiled.asm['cubin'])}", flush=True)
 
