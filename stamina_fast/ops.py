@@ -17,7 +17,7 @@ def _noise(seed: Tensor | None, step: Tensor | None) -> GateNoise | None:
 
 
 def _flat(t: Tensor) -> Tensor:
-    return t.reshape(-1, t.shape[-1]) if t.shape[-1] else t.reshape(t.shape[:-1].numel(), 0)
+    return t.reshape(t.shape[:-1].numel(), t.shape[-1])
 
 
 @torch.library.custom_op("stamina_fast::masked_linear", mutates_args=())

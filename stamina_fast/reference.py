@@ -52,6 +52,25 @@ class _Round(torch.autograd.Function):
         return grad, None
 
 
+class _Gate(torch.autograd.Function):
+    """M = [z > 0], with the straight-through slope."""
+
+    @staticmethod
+    def forward(ctx, z, tau):
+        ctx.save_for_backward(z)
+        ctx.tau = tau
+        return (z > 0).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * slope(ctx.saved_tensors[0], ctx.tau), None
+
+
+def slope(z: Tensor, tau: float | Tensor) -> Tensor:
+    """dM/dL := s(1 - s)/tau with s = sigmoid(z/tau); 1 - s is a sigmoid too, which keeps its digits where s is near 1."""
+    return torch.sigmoid(z / tau) * torch.sigmoid(-z / tau) / tau
+
+
 def _rounded(factor: Tensor, dtype: torch.dtype) -> Tensor:
     return _Round.apply(factor.to(compute_dtype(dtype)), dtype)
 
@@ -84,8 +103,7 @@ def noisy_logits(p, q, gate_bias, sizes, dtype, noise=None, uniforms=None) -> Te
 def gate(p, q, gate_bias, sizes, dtype, noise=None, uniforms=None, tau=1.0) -> Tensor:
     """M in {0, 1}, `[N, k]`, with the straight-through slope s(1 - s)/tau."""
     z = noisy_logits(p, q, gate_bias, sizes, dtype, noise, uniforms)
-    soft = torch.sigmoid(z / tau)
-    return (z > 0).to(z.dtype) + (soft - soft.detach())
+    return _Gate.apply(z, tau)
 
 
 def residual(a, b, p, q, gate_bias, sizes, dtype, noise=None, uniforms=None, tau=1.0) -> Tensor:
@@ -134,8 +152,9 @@ def masked_linear_backward(
         exact = compute_dtype(weight.dtype)
         wide_a, wide_b = _rounded(a, weight.dtype), _rounded(b, weight.dtype)
         product = low_rank(wide_a, wide_b, sizes)
-        g = grad.reshape(-1, grad.shape[-1]).to(exact)
-        d_weight = g.T @ x.reshape(-1, x.shape[-1]).to(exact)
+        tokens = x.shape[:-1].numel()
+        g = grad.reshape(tokens, weight.shape[0]).to(exact)
+        d_weight = g.T @ x.reshape(tokens, weight.shape[1]).to(exact)
         mask = None
         if p is not None:
             z = noisy_logits(p, q, gate_bias, sizes, weight.dtype, noise, uniforms)
@@ -146,8 +165,7 @@ def masked_linear_backward(
         da, db = _factor_gradients(d_delta, wide_a, wide_b, sizes)
         if mask is None:
             return dx, da.to(a.dtype), db.to(b.dtype), None, None, None
-        s = torch.sigmoid(z / tau)
-        d_logits = d_weight * product * (s * (1 - s) / tau)
+        d_logits = d_weight * product * slope(z, tau)
         dp, dq = _factor_gradients(d_logits, _rounded(p, weight.dtype), _rounded(q, weight.dtype), sizes)
         dc = None if gate_bias is None else torch.stack([part.sum() for part in d_logits.split(sizes)]).to(gate_bias.dtype)
         return dx, da.to(a.dtype), db.to(b.dtype), dp.to(p.dtype), dq.to(q.dtype), dc

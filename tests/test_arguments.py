@@ -76,7 +76,11 @@ def undecided(weight, factors, sizes, noise):
 @given(calls())
 def test_masked_linear(call):
     x, weight, factors, sizes, noise = call
-    y = sf.masked_linear(x, weight, **factors, sizes=sizes, noise=noise)
+    leaves = [t.detach().requires_grad_() for t in (x, *factors.values())]
+    y = sf.masked_linear(leaves[0], weight, **dict(zip(factors, leaves[1:], strict=True)), sizes=sizes, noise=noise)
+    grads = torch.autograd.grad(y.sum(), leaves)
+    assert [(g.shape, g.dtype) for g in grads] == [(t.shape, t.dtype) for t in leaves]
+    y = y.detach()
     assert y.shape == (*x.shape[:-1], sum(sizes))
     assert y.dtype == x.dtype
     if undecided(weight, factors, sizes, noise):

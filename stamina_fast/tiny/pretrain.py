@@ -95,15 +95,15 @@ def train_autoencoder(vae, images, work: Path, steps: int, batch: int, device) -
 
 
 @torch.no_grad()
-def encode(vae, images, work: Path, device) -> torch.Tensor:
-    """The latent means of all pictures, scaled to unit deviation, fp16; the scale is registered in the configuration."""
+def encode(vae, images, work: Path, device, scale: float | None) -> torch.Tensor:
+    """The latent means of all pictures times `scale`, fp16; without one, it gives unit deviation and is registered."""
     path = work / "latents.safetensors"
     if not path.exists():
         vae.to(device).eval()
         means = [vae.encode(x.to(device).float() / 127.5 - 1).latent_dist.mean.cpu() for x in images.split(500)]
         save({"latents": torch.cat(means).half()}, path)
     latents = load_file(path)["latents"]
-    scale = 1 / latents[:2000].float().std().item()
+    scale = scale or 1 / latents[:2000].float().std().item()
     vae.register_to_config(scaling_factor=scale)
     return latents.float().mul_(scale).half()
 
@@ -188,7 +188,7 @@ def train_denoiser(pipe, latents, captions, work: Path, steps: int, batch: int, 
     return checkpoint.step
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="pictures, checkpoints and logs")
     parser.add_argument("--start", type=Path, help="a pipeline to go on from; with --autoencoder-steps 0 its VAE is kept")
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=0)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -215,7 +215,7 @@ def main() -> None:
         pipe = build_pipeline(CLIPTokenizer.from_pretrained(work / "tokenizer"))
     images, captions = pictures(work, arguments.pictures)
     train_autoencoder(pipe.vae, images, work, arguments.autoencoder_steps, 32, device)
-    latents = encode(pipe.vae, images, work, device)
+    latents = encode(pipe.vae, images, work, device, pipe.vae.config.scaling_factor if arguments.start else None)
     train_denoiser(pipe, latents, captions, work, arguments.steps, arguments.batch, arguments.finish, arguments.rate, device)
     pipe.to("cpu", torch.float16).save_pretrained(arguments.output or work / "model", safe_serialization=True)
 

@@ -183,7 +183,7 @@ def scene(seed: int, size: int = 32) -> tuple[np.ndarray, str]:
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can hold, and the words that prompts for concepts need."""
-    grammar = "a an photo picture drawing close up of on in at by the left right top bottom above below and with background"
-    words = [*grammar.split(), "small", "big", *list(COLOURS), *list(TEXTURES), *list(OBJECTS), *" ".join(PLACES).split()]
+    """Every word that a caption can hold."""
+    grammar = "a an photo picture drawing close up of on in at by the left right top bottom above below background"
+    words = [*grammar.split(), "small", "big", *list(COLOURS), *TEXTURES[1:], *list(OBJECTS), *" ".join(PLACES).split()]
     return sorted(set(words))

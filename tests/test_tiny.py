@@ -1,0 +1,84 @@
+"""The small model: its world, its words, its pre-training, and the weights that travel along."""
+
+import hashlib
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPTokenizer
+
+from stamina_fast.tiny import pretrain
+from stamina_fast.tiny.objects import OBJECTS
+from stamina_fast.tiny.pipeline import TEXT_LENGTH, build_pipeline, build_tokenizer
+from stamina_fast.tiny.world import COLOURS, PLACES, TEXTURES, scene, vocabulary
+
+MODEL = Path(pretrain.__file__).parent / "model"
+
+
+def test_a_scene_is_a_function_of_its_seed():
+    for seed in (0, 7, 2**40):
+        image, caption = scene(seed)
+        again, same = scene(seed)
+        assert image.shape == (32, 32, 3)
+        assert image.dtype == "uint8"
+        assert caption == same
+        assert (image == again).all()
+    assert len({hashlib.sha256(scene(seed)[0].tobytes()).digest() for seed in range(50)}) == 50
+
+
+def test_captions_follow_the_grammar_and_reach_every_word():
+    captions = [scene(seed, 8)[1] for seed in range(3000)]
+    opening = re.compile(r"^(a (photo|picture|drawing)|a close up) of an? ")
+    assert all(opening.match(caption) for caption in captions)
+    assert not [c for c in captions if re.search(r"\ban [^aeiou]|\ba [aeiou]", c)]
+    assert {word for caption in captions for word in caption.split()} == set(vocabulary())
+    for words in (COLOURS, TEXTURES[1:], OBJECTS, PLACES):
+        assert all(any(word in caption for caption in captions) for word in words)
+
+
+def test_every_word_is_one_token_and_captions_fit():
+    tokenizer = build_tokenizer()
+    assert all(len(tokenizer(word).input_ids) == 3 for word in vocabulary())
+    assert max(len(tokenizer(scene(seed, 8)[1]).input_ids) for seed in range(1000)) <= TEXT_LENGTH
+    assert tokenizer.unk_token_id not in tokenizer("zebra-7, don't.").input_ids[1:-1]
+
+
+def test_the_vocabulary_is_the_same_in_every_process():
+    code = "from stamina_fast.tiny.pipeline import build_tokenizer as b; print(b().backend_tokenizer.to_str())"
+    one, two = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout for _ in "ab")
+    assert one == two
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pre_training_resumes_to_the_same_bits(tmp_path):
+    def run(work, steps, *more):
+        few = ["--pictures", "24", "--autoencoder-steps", "2", "--batch", "2"]
+        pretrain.main(["--work", str(work), *few, "--steps", str(steps), *more])
+        return load_file(work / "denoiser.safetensors")
+
+    whole = run(tmp_path / "whole", 4)
+    run(tmp_path / "parts", 2)
+    parts = run(tmp_path / "parts", 4)
+    assert whole.keys() == parts.keys()
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+    further = run(tmp_path / "further", 1, "--start", str(tmp_path / "whole" / "model"), "--autoencoder-steps", "0")
+    weight = next(key for key in whole if key.startswith("weight/unet") and key.endswith("weight"))
+    assert (further[weight] - whole[weight.replace("weight/", "average/", 1)].half().float()).abs().max() < 1e-4
+
+
+def test_the_model_that_travels_along_is_this_one_and_small():
+    size = sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file())
+    assert size <= 24e6
+    tokenizer = CLIPTokenizer.from_pretrained(MODEL / "tokenizer")
+    assert all(len(tokenizer(word).input_ids) == 3 for word in vocabulary())
+    pipe = build_pipeline(tokenizer)
+    for part in ("unet", "vae", "text_encoder"):
+        stored = load_file(next((MODEL / part).glob("*.safetensors")))
+        wanted = getattr(pipe, part).state_dict()
+        assert {k: v.shape for k, v in stored.items()} == {k: wanted[k].shape for k in stored}
+        assert all(torch.isfinite(tensor).all() for tensor in stored.values())
+    assert sum(name.endswith("attn2.to_k.weight") for name in pipe.unet.state_dict()) >= 3
