@@ -208,7 +208,7 @@ def main(argv: list[str] | None = None) -> None:
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
     if arguments.start:
-        pipe = StableDiffusionPipeline.from_pretrained(arguments.start, torch_dtype=torch.float32)
+        pipe = StableDiffusionPipeline.from_pretrained(arguments.start, dtype=torch.float32)
     else:
         if not (work / "tokenizer").exists():
             build_tokenizer().save_pretrained(work / "tokenizer")

@@ -29,7 +29,7 @@ PROMPTS = (
 
 def sample_sheet(folder: Path, guidance: float, steps: int, columns: int = 6, zoom: int = 2) -> Image.Image:
     """A row of pictures a prompt, seeds 0, 1, …, the prompt written beside it."""
-    pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+    pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     side, text = 32 * zoom, 330
     sheet = Image.new("RGB", (text + columns * side, len(PROMPTS) * side), "white")

@@ -84,7 +84,7 @@ def _from_files(model: str | Path, dtype: torch.dtype):
     try:
         with no_bars():
             only = {"local_files_only": True, "use_safetensors": True}
-            return DiffusionPipeline.from_pretrained(str(source), torch_dtype=dtype, **only)
+            return DiffusionPipeline.from_pretrained(str(source), dtype=dtype, **only)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hub = isinstance(source, str)
