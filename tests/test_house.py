@@ -202,3 +202,9 @@ def test_wheel_works_without_the_checkout(wheel, tmp_path):
     assert available == "True"
     assert all(Path(file).is_relative_to(tmp_path / "site") for file in files)
     assert len(files) == len(names) + 1
+
+
+def test_importing_the_package_does_not_import_diffusers():
+    program = "import sys, stamina_fast; print(sorted({'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

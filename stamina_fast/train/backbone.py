@@ -6,10 +6,7 @@ import contextlib
 from importlib import resources
 from pathlib import Path
 
-import diffusers
 import torch
-import transformers
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ..errors import InputError
@@ -73,6 +70,9 @@ def pool_at_the_end(pipeline) -> None:
 
 
 def _from_files(model: str | Path, dtype: torch.dtype):
+    # diffusers and transformers take seconds to import, and stamina_fast itself does not need them
+    from diffusers import DiffusionPipeline
+
     if str(model) == TINY:
         source = resources.files("stamina_fast.tiny") / "model"
     else:
@@ -95,6 +95,9 @@ def _from_files(model: str | Path, dtype: torch.dtype):
 @contextlib.contextmanager
 def no_bars():
     """diffusers and transformers load and save without progress bars of their own."""
+    import diffusers
+    import transformers
+
     shown = [library for library in (diffusers.utils.logging, transformers.utils.logging) if library.is_progress_bar_enabled()]
     for library in shown:
         library.disable_progress_bar()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from diffusers import DDPMScheduler
 
 from ..errors import InputError
 
@@ -24,6 +23,8 @@ class Diffusion:
                 f"the scheduler must be a DDPM-like one that predicts {' or '.join(PREDICTIONS)}, got "
                 f"{type(scheduler).__name__} with {self.prediction!r}; use a Stable Diffusion 1.5, 2.1 or XL model"
             )
+        from diffusers import DDPMScheduler
+
         # all schedulers of one configuration share the process; this one has its exact table
         cumulative = DDPMScheduler.from_config(scheduler.config).alphas_cumprod.double()
         self.steps = len(cumulative)
