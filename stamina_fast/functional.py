@@ -128,13 +128,9 @@ def gate_mask(
     """
     if p.ndim != 2 or q.ndim != 3:
         raise ValueError(f"p must be [N, s] and q [G, s, k], got {list(p.shape)} and {list(q.shape)}")
-    sizes = _check_factors(p.shape[0], q.shape[2], sizes, _gate_only(p, q, gate_bias), p.device)
+    factors = {"a": None, "b": None, "p": p, "q": q, "gate_bias": gate_bias}
+    sizes = _check_factors(p.shape[0], q.shape[2], sizes, factors, p.device)
     return reference.gate_mask(p, q, gate_bias, sizes=sizes, noise=noise, dtype=dtype)
-
-
-def _gate_only(p: Tensor, q: Tensor, gate_bias: Tensor | None) -> dict[str, Tensor | None]:
-    # the gate's factors stand in for a and b, which the same check wants
-    return {"a": p, "b": q, "p": p, "q": q, "gate_bias": gate_bias}
 
 
 def _overlap(one: Tensor, two: Tensor) -> bool:

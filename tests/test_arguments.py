@@ -140,6 +140,11 @@ def test_bad_arguments_say_what_is_wanted(name):
         sf.masked_linear(**good | change)
 
 
+def test_the_mask_names_its_own_arguments():
+    with pytest.raises(ValueError, match=r"^q must be \[G, s, k\] = \[1, 2, 4\], got \[1, 3, 4\]"):
+        sf.gate_mask(torch.zeros(5, 2), torch.zeros(1, 3, 4))
+
+
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 def test_a_missing_backend_says_why(backend):
     available, reason = sf.backends()[backend]

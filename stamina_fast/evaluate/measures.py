@@ -5,8 +5,8 @@
     F_mmd    = mean over j<N of MMD²(X_{j,j}, X_{N,j})  how far the pictures drifted        lower is better
 
 D_j are features of real images of concept j, X_{t,j} of samples of concept j after task t, row i of all of them from the
-same noise. One bandwidth a concept serves
-every comparison of that concept: the median distance between its real images, which depends on no model.
+same noise. One bandwidth a concept serves every comparison of that concept: the median distance between its real images,
+which depends on no model.
 """
 
 from __future__ import annotations
