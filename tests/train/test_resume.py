@@ -1,6 +1,7 @@
 """What a run survives: kills, changed options, numbers that stop being finite."""
 
 import math
+import multiprocessing
 
 import pytest
 import tinypipes
@@ -56,6 +57,32 @@ def test_resume_ends_in_the_same_bits(at, three, uninterrupted, tmp_path):
         assert resumed.load_task(mine["name"]).curve == whole.load_task(mine["name"]).curve
     files = sorted(p.name for p in (tmp_path / "run" / "model").rglob("*.safetensors"))
     assert files == sorted(p.name for p in (whole.path / "model").rglob("*.safetensors"))
+
+
+def train_or_resume(folder, output):
+    run(tinypipes.sd15(), folder, output, resume=output.exists())
+
+
+def test_killed_processes_end_in_the_same_bits(three, uninterrupted, tmp_path):
+    whole, _ = uninterrupted
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["tinypipes", "tinyruns"])
+    seconds, killed = 0.05, 0
+    while True:
+        process = processes.Process(target=train_or_resume, args=(three, tmp_path / "run"))
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        if process.exitcode == 0:
+            break
+        # -9 is the signal that nothing can catch; any other code is an error of the trainer, printed above
+        assert process.exitcode == -9
+        seconds, killed = seconds * 1.5, killed + 1
+    assert killed
+    run_ = Run.open(tmp_path / "run")
+    assert [task["sha256"] for task in run_.tasks()] == [task["sha256"] for task in whole.tasks()]
+    assert not [path for path in run_.path.rglob("*") if path.name not in {p.name for p in whole.path.rglob("*")}]
 
 
 def test_resume_refuses_what_is_not_the_same_run(three, tmp_path, pictures):
