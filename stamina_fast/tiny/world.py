@@ -141,7 +141,7 @@ def scene(seed: int, size: int = 32) -> tuple[np.ndarray, str]:
 
     def thing(x, y, scale):
         kind = list(OBJECTS)[rng.integers(len(OBJECTS))]
-        texture = "plain" if rng.random() < 0.4 else TEXTURES[rng.integers(len(TEXTURES))]
+        texture = "plain" if rng.random() < 0.5 else TEXTURES[rng.integers(len(TEXTURES))]
         colour = list(COLOURS)[rng.integers(len(COLOURS))]
         if backdrop and colour == place:
             colour = "white" if place != "white" else "red"
@@ -150,15 +150,15 @@ def scene(seed: int, size: int = 32) -> tuple[np.ndarray, str]:
     layout = rng.random()
     jitter = rng.normal(0, 0.07, 4)
     opening = "a drawing of" if drawing else ("a photo of", "a picture of")[rng.integers(2)]
-    if layout < 0.55:
+    if layout < 0.45:
         one = thing(jitter[0], jitter[1], rng.uniform(0.5, 0.9))
         text = phrase(rng, one, True)
         things = [one]
-    elif layout < 0.65:
+    elif layout < 0.70:
         # nearer than the frame: the object fills the picture and is cut by its edge
         one = thing(jitter[0] * 3, jitter[1] * 3, rng.uniform(1.0, 1.5))
         opening, text, things = "a close up of", phrase(rng, one, False), [one]
-    elif layout < 0.80:
+    elif layout < 0.83:
         side = rng.integers(4)
         dx, dy = ((-0.45, 0), (0.45, 0), (0, -0.45), (0, 0.45))[side]
         one = thing(dx + jitter[0], dy + jitter[1], rng.uniform(0.3, 0.45))
