@@ -1,150 +1,165 @@
-"""What masked K/V costs beside plain projections: `python -m bench.run --shape sd15`, or `stamina-fast bench`.
+"""What masked K/V costs beside plain projections: `python -m stamina_fast.bench.run --shape sd15`, or `stamina-fast bench`.
 
-Every arm runs once a round, in an order shuffled anew each round, so that a machine that slows down slows all of them.
+First every arm's results are held against the specification; an arm that is red gets no time. Then all arms take turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import random
 import statistics
-import time
-from collections.abc import Callable
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 import stamina_fast as sf
+from stamina_fast.dispatch import interpreted
 from stamina_fast.errors import InputError
+from stamina_fast.io.files import write_json
 
-from .shapes import SHAPES, Shape
+from . import clock, machine
+from .arms import BACKWARD, Arm, folds, products
+from .problem import DTYPES, TOLERANCES, Case, build, judge, truth
+from .shapes import SHAPES
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-def build(shape: Shape, *, batch: int, rank: int, dtype: torch.dtype, device: str) -> dict:
-    """Random arguments of `masked_linear`: x [batch * tokens, k], weight [N, k], factors fp32 that record gradients."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
-        return (scale * torch.randn(*size, generator=generator)).to(device)
-
-    groups, rows, k = len(shape.sizes), shape.rows, shape.k
-    factors = {
-        "a": normal(rows, rank, scale=1e-2), "b": normal(groups, rank, k, scale=1e-2),
-        "p": normal(rows, rank), "q": normal(groups, rank, k, scale=rank**-0.5), "gate_bias": normal(groups),
-    }
-    for factor in factors.values():
-        factor.requires_grad_()
-    x = normal(batch * shape.tokens, k).to(dtype).requires_grad_()
-    return {"x": x, "weight": normal(rows, k, scale=k**-0.5).to(dtype), "sizes": shape.sizes, **factors}
+HEADINGS = ("arm", "mode", "median", "quartiles", "× plain", "GB/s", "TFLOP/s", "kept MB", "peak MB")
 
 
-def build_arms(arguments: dict, backends: list[str]) -> dict[str, Callable[[], None]]:
-    """Named calls to time. Each computes K/V of the whole stack; those marked +backward also every gradient asked for."""
-    x, weight, sizes = arguments["x"], arguments["weight"], arguments["sizes"]
-    factors = {name: arguments[name] for name in ("a", "b", "p", "q", "gate_bias")}
-    grad = torch.ones(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
-    noise = sf.GateNoise(0, 1)
-    folded = weight.clone()
-
-    def separate() -> torch.Tensor:
-        return torch.cat([x @ part.T for part in weight.split(sizes)], dim=-1)
-
-    def stacked() -> torch.Tensor:
-        return x @ weight.T
-
-    def forward(compute: Callable[[], torch.Tensor]) -> None:
-        with torch.no_grad():
-            compute()
-
-    def backward(compute: Callable[[], torch.Tensor], inputs: list[torch.Tensor]) -> None:
-        torch.autograd.grad(compute(), inputs, grad)
-
-    arms = {
-        "separate projections": lambda: forward(separate),
-        "one product": lambda: forward(stacked),
-        "one product +backward (x)": lambda: backward(stacked, [x]),
-    }
-    for name in backends:
-
-        def masked(name: str = name) -> torch.Tensor:
-            return sf.masked_linear(x, weight, *factors.values(), sizes=sizes, noise=noise, backend=name)
-
-        arms[f"masked_linear/{name}"] = lambda masked=masked: forward(masked)
-        arms[f"masked_linear/{name} +backward (x, factors)"] = lambda masked=masked: backward(masked, [x, *factors.values()])
-        arms[f"fold_/{name}"] = lambda name=name: sf.fold_(folded, *factors.values(), sizes=sizes, backend=name)
-    return arms
-
-
-def time_arms(arms: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of every arm in every round, after one round that does not count."""
-
-    def wait() -> None:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
-
-    order, times = list(arms), {name: [] for name in arms}
-    shuffle = random.Random(0).shuffle
-    for turn in range(rounds + 1):
-        shuffle(order)
-        for name in order:
-            wait()
-            start = time.perf_counter()
-            arms[name]()
-            wait()
-            if turn:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return times
-
-
-def run(
-    shape: str = "small", device: str | None = None, dtype: str = "float32", batch: int = 1, rank: int = 16, rounds: int = 7,
-    backends: list[str] | None = None, output: Path | None = None,
-) -> dict:
-    """Time, print and return `{"machine": …, "arms": {name: [milliseconds]}}`; `output` also writes it as JSON.
-
-    `device` defaults to a GPU where there is one, `backends` to all that run on it. Raises InputError for an unknown
-    shape, dtype or backend.
-    """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+def parse(
+    shape: str, device: str | None, dtype: str, batch: int, rank: int, backends: list[str] | None
+) -> tuple[Case, list[str]]:
+    """The case and the backends to time; by default all that run on the device, but for Triton's interpreter."""
     for kind, value, known in (("shape", shape, SHAPES), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise InputError(f"{kind} must be one of {', '.join(known)}, got {value!r}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     status = sf.backends()
-    backends = backends or [name for name, (available, _) in status.items() if available]
-    for name in backends:
+    for name in backends or ():
         if not status.get(name, (False, ""))[0]:
             raise InputError(f"backend {name!r} cannot run here: {status.get(name, (False, 'there is none of that name'))[1]}")
-    arguments = build(SHAPES[shape], batch=batch, rank=rank, dtype=DTYPES[dtype], device=device)
-    times = time_arms(build_arms(arguments, backends), rounds, device)
-    machine = {
-        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-        "shape": shape, "dtype": dtype, "batch": batch, "rank": rank, "rounds": rounds,
-    }
-    result = {"machine": machine, "arms": times}
-    show(result)
-    if output is not None:
-        partial = output.with_name(f"{output.name}.partial")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(output)
+    if not backends:
+        elsewhere = {"triton"} if interpreted() or not device.startswith("cuda") else {"cpu"}
+        backends = [name for name, (available, _) in status.items() if available and name not in elsewhere]
+    return Case(SHAPES[shape], batch, rank, DTYPES[dtype], device), backends
+
+
+def gate(arms: list[Arm], problem) -> tuple[list[Arm], dict[str, dict], list[str]]:
+    """(green arms, {arm: verdicts}, a line for every red one)."""
+    green, verdicts, red, truths = [], {}, [], {}
+    limit = TOLERANCES[problem.case.dtype]
+    for arm in arms:
+        if arm.kind not in truths:
+            truths[arm.kind] = truth(problem, arm.kind)
+        verdicts[arm.name] = judge(arm.outputs(), truths[arm.kind], problem.case.dtype)
+        wrong = [
+            f"{name} {v['most']:.1e} and {v['all']:.1e}" for name, v in verdicts[arm.name].items() if not v["green"]
+        ]
+        if wrong:
+            red.append(f"RED, not timed: {arm.name}: {'; '.join(wrong)}, of {limit.most:.0e} and {limit.all:.0e} allowed")
+        else:
+            green.append(arm)
+    return green, verdicts, red
+
+
+def measure(case: Case, backends: list[str], compiled: bool, rounds: int, seconds: float) -> dict:
+    """{"arms": {name: {mode: [milliseconds]}}, "facts": {name: …}, "red": [line], "notes": [line]} of one case."""
+    problem = build(case)
+    copies = clock.copies_needed(case, problem.nbytes())
+    problems = [problem, *(problem.copy() for _ in range(copies - 1))]
+    arms, notes = products(problems, backends, compiled)
+    arms += folds(problems, backends)
+    green, verdicts, red = gate(arms, problem)
+    modes: Iterable[str] = (clock.CPU_MODE,)
+    if case.device.startswith("cuda"):
+        cold = clock.is_cold(case, problem.nbytes(), copies)
+        modes = [mode for mode in clock.GPU_MODES if cold or not mode.endswith("cold")]
+        if not cold:
+            notes.append(f"no cold times: {copies} copies fit into the L2")
+    result = {"arms": {arm.name: {} for arm in green}, "facts": {}, "red": red, "notes": notes}
+    held = clock.memory([arm for arm in green if arm.what == "backward"], case.device)
+    for arm in arms:
+        facts = {"what": arm.what, "flop": case.flop(arm.what, arm.adapter), "bytes": case.bytes(arm.what)}
+        if arm.kind == "copy":
+            facts |= {"flop": 0, "bytes": 2 * problem.weight.nbytes}
+        if arm.name in held:
+            facts |= dict(zip(("kept_bytes", "peak_bytes"), held[arm.name], strict=True))
+        result["facts"][arm.name] = {**facts, "verdicts": verdicts[arm.name]}
+    kinds = ("forward",), ("backward",), ("fold", "fold with master")
+    for mode in modes:
+        for kind in kinds:
+            group = [arm for arm in green if arm.what in kind]
+            times, refused = clock.time_arms(group, mode, rounds, seconds)
+            for name, milliseconds in times.items():
+                result["arms"][name][mode] = milliseconds
+            notes += [f"{name}: no {mode}: {why}" for name, why in refused.items()]
     return result
 
 
+def run(
+    shape: str = "small", device: str | None = None, dtype: str = "float32", batch: int = 1, rank: int = 16, rounds: int = 15,
+    backends: list[str] | None = None, output: Path | None = None, compiled: bool = False, seconds: float = 10.0,
+) -> dict:
+    """Check, time, print and return one case; `output` also writes it as JSON.
+
+    `device` defaults to a GPU where there is one, `backends` to all that run on it. `compiled` adds torch.compile of the
+    reference, which takes a minute or more to build. A mode takes at most about `seconds` for each of forward, forward +
+    backward and fold, in fewer rounds where they do not fit. Raises InputError for an unknown shape, dtype or backend.
+    """
+    case, names = parse(shape, device, dtype, batch, rank, backends)
+    asked = {"shape": shape, "dtype": dtype, "batch": batch, "rank": rank, "rounds": rounds}
+    result = {
+        "machine": {**machine.describe(case.device), **asked}, "roofs": clock.roofs(case),
+        **measure(case, names, compiled, rounds, seconds),
+    }
+    show(result)
+    if output is not None:
+        write_json(output, result)
+    return result
+
+
+def rows(result: dict) -> list[tuple[str, ...]]:
+    """The table: medians and quartiles in milliseconds, the ratio to the plain product (of the fold: to the copy)."""
+    table, arms = [], result["arms"]
+    for name, modes in arms.items():
+        facts = result["facts"][name]
+        base = {"forward": "one product", "backward": "one product" + BACKWARD}.get(facts["what"], "copy of W")
+        for mode, times in modes.items():
+            low, median, high = quartiles(times)
+            unit = statistics.median(arms[base][mode]) if mode in arms.get(base, {}) else float("nan")
+            rate = (f"{facts[key] / median / per:.3g}" for key, per in (("bytes", 1e6), ("flop", 1e9)))
+            memory = (f"{facts[key] / 1e6:.3g}" if key in facts else "" for key in ("kept_bytes", "peak_bytes"))
+            table.append((name, mode, f"{median:.4g}", f"{low:.4g} to {high:.4g}", f"{median / unit:.2f}", *rate, *memory))
+    return table
+
+
+def quartiles(times: list[float]) -> tuple[float, float, float]:
+    return tuple(statistics.quantiles(times, n=4, method="inclusive")) if len(times) > 1 else (times[0],) * 3
+
+
 def show(result: dict) -> None:
-    table = Table(caption=", ".join(f"{key} {value}" for key, value in result["machine"].items()), title="milliseconds")
-    for heading in ("arm", "median", "fastest", "slowest", "× one product"):
-        table.add_column(heading, justify="left" if heading == "arm" else "right")
-    unit = statistics.median(result["arms"]["one product"])
-    for name, times in result["arms"].items():
-        median = statistics.median(times)
-        table.add_row(name, *(f"{t:.2f}" for t in (median, min(times), max(times))), f"{median / unit:.1f}")
-    Console().print(table)
+    """Print the table, then what was left out, then what was red."""
+    facts, roofs = result["machine"], result["roofs"]
+    case = f"{facts['shape']}, batch {facts['batch']}, rank {facts['rank']}, {facts['dtype']}"
+    title = f"milliseconds of {case} on {facts['device']}; a fold's ratio is to the copy"
+    rates = f"{roofs['copy_bytes_per_s'] / 1e9:.3g} GB/s copied, {roofs['gemm_flop_per_s'] / 1e12:.3g} TFLOP/s multiplied"
+    caption = f"measured roofs: {rates}; torch {facts['torch']}, triton {facts['triton']}, {facts['threads']} threads"
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        # a machine with a GPU and little else: the same table, in plain text
+        lines = [HEADINGS, *rows(result)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        print(title, *("  ".join(map(str.ljust, line, widths)) for line in lines), caption, sep="\n")
+    else:
+        table = Table(title=title, caption=caption)
+        for heading in HEADINGS:
+            table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
+        for row in rows(result):
+            table.add_row(*row)
+        Console().print(table)
+    print(*result["notes"], *result["red"], sep="\n", flush=True)
 
 
 def main() -> None:
@@ -152,11 +167,13 @@ def main() -> None:
     parser.add_argument("--shape", default="small", choices=SHAPES)
     parser.add_argument("--device")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
-    for name, default in (("batch", 1), ("rank", 16), ("rounds", 7)):
+    for name, default in (("batch", 1), ("rank", 16), ("rounds", 15)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--backend", action="append", dest="backends")
     parser.add_argument("--output", type=Path)
-    run(**vars(parser.parse_args()))
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    sys.exit(1 if run(**vars(parser.parse_args()))["red"] else 0)
 
 
 if __name__ == "__main__":

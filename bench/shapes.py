@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """`sizes` are the rows N_g of each projection in order, `k` the width of the text states, `tokens` their count."""
+    """`sizes` are the rows N_g of each projection by width, `k` the width of the text states, `tokens` their count."""
 
     name: str
     sizes: tuple[int, ...]
@@ -24,10 +24,11 @@ def _pairs(layers: dict[int, int]) -> tuple[int, ...]:
     return tuple(width for width, count in layers.items() for _ in range(2 * count))
 
 
+# small is the model that travels with the package
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("small", _pairs({96: 3, 192: 4}), 128, tokens=24),
+        Shape("small", _pairs({96: 3, 160: 4}), 128, tokens=24),
         Shape("sd15", _pairs({320: 5, 640: 5, 1280: 6}), 768),
         Shape("sd21", _pairs({320: 5, 640: 5, 1280: 6}), 1024),
         Shape("sdxl", _pairs({640: 10, 1280: 60}), 2048),

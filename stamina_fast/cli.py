@@ -188,14 +188,20 @@ def bench(
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     batch: Annotated[int, typer.Option(min=1, help="Prompts a step.")] = 1,
     rank: Annotated[int, typer.Option(min=1, help="Of the residual and of the mask.")] = 16,
-    rounds: Annotated[int, typer.Option(min=1, help="Times that every arm runs.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Times that every arm is sampled.")] = 15,
     backend: Annotated[list[str] | None, typer.Option(help="May be repeated. Default: every one that runs here.")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Also torch.compile the reference: a minute or more.")] = False,
+    seconds: Annotated[float, typer.Option(min=0, help="Fewer rounds where a comparison would take longer.")] = 10.0,
     output: Annotated[Path | None, typer.Option(help="Also write every time as JSON.")] = None,
 ) -> None:
-    """Time masked K/V of a whole U-Net beside plain projections on this machine."""
+    """Time masked K/V of a whole U-Net beside plain projections on this machine. Fails if a result is wrong."""
     from .bench.run import run as measure
 
-    measure(shape=shape, device=device, dtype=dtype, batch=batch, rank=rank, rounds=rounds, backends=backend, output=output)
+    result = measure(
+        shape=shape, device=device, dtype=dtype, batch=batch, rank=rank, rounds=rounds, backends=backend, output=output,
+        compiled=compiled, seconds=seconds,
+    )
+    raise typer.Exit(1 if result["red"] else 0)
 
 
 @app.command()
