@@ -63,14 +63,15 @@ class Case:
         per_weight = {"forward": product + ranks, "backward": 3 * product + 4 * ranks}.get(what, ranks)
         return per_weight * self.weights
 
-    def bytes(self, what: str) -> int:
+    def bytes(self, what: str, adapter: bool = True) -> int:
         """The least that must be read and written: W once forward and once backward, x, y and their gradients, the factors."""
         item, shape = self.dtype.itemsize, self.shape
         factors = 4 * 2 * self.rank * (shape.rows + len(shape.sizes) * shape.k)
         ends = self.tokens * (shape.rows + shape.k) * item
-        forward = self.weights * item + ends + factors
-        # the backward reads W, G, x and the factors, and writes dx and the factors' gradients
-        backward = forward + self.weights * item + ends + self.tokens * shape.k * item + 2 * factors
+        forward = self.weights * item + ends + (factors if adapter else 0)
+        # the backward reads W, G and x and writes dx; besides it reads the factors and writes their gradients, or writes dW
+        more = 2 * factors if adapter else self.weights * item
+        backward = forward + self.weights * item + ends + self.tokens * shape.k * item + more
         fold = 2 * self.weights * item + factors
         # through a master: fp32 read and written, and the weight written
         through = (8 + item) * self.weights + factors

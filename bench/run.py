@@ -79,7 +79,7 @@ def measure(case: Case, backends: list[str], compiled: bool, rounds: int, second
     result = {"arms": {arm.name: {} for arm in green}, "facts": {}, "red": red, "notes": notes}
     held = clock.memory([arm for arm in green if arm.what == "backward"], case.device)
     for arm in arms:
-        facts = {"what": arm.what, "flop": case.flop(arm.what, arm.adapter), "bytes": case.bytes(arm.what)}
+        facts = {"what": arm.what, "flop": case.flop(arm.what, arm.adapter), "bytes": case.bytes(arm.what, arm.adapter)}
         if arm.kind == "copy":
             facts |= {"flop": 0, "bytes": 2 * problem.weight.nbytes}
         if arm.name in held:

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from typer.testing import CliRunner
 
 import stamina_fast as sf
-from stamina_fast.bench import arms as bench_arms, clock, run as bench_run
+from stamina_fast.bench import arms as bench_arms, clock, machine, run as bench_run, suite
 from stamina_fast.bench.problem import DTYPES, TOLERANCES, Case, build, judge, truth
 from stamina_fast.bench.shapes import SHAPES, Shape
 from stamina_fast.cli import app
@@ -162,3 +162,44 @@ def test_memory_is_read_off_the_allocator():
 def test_unknown_backend_says_why():
     with pytest.raises(sf.StaminaError, match="backend 'cuda' cannot run here"):
         measured(shape="small", backends=["cuda"])
+
+
+def test_a_suite_measures_each_case_once_within_its_time(mini, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    steps = [suite.Step("mini", rank=rank, dtype="float32", rounds=1, seconds=0, expected=0) for rank in (2, 4)]
+    late = suite.Step("mini", rank=8, dtype="float32", expected=1e9)
+    monkeypatch.setitem(suite.PLANS, "mini", (*steps, late))
+    measured_ranks = []
+    plain = suite.run
+
+    def run(**options):
+        measured_ranks.append(options["rank"])
+        return plain(**options)
+
+    monkeypatch.setattr(suite, "run", run)
+    assert not suite.suite("mini", tmp_path, "cpu", minutes=2, resume=True)
+    assert "mini-b1-r8-float32: not run" in capsys.readouterr().out
+    files = {"mini-b1-r2-float32.json", "mini-b1-r4-float32.json", "roofline-float32.png", "ratios-mini.png"}
+    assert {path.name for path in tmp_path.iterdir()} == files
+    monkeypatch.setitem(suite.PLANS, "mini", tuple(steps))
+    assert suite.suite("mini", tmp_path, "cpu", minutes=2, resume=True)
+    assert measured_ranks == [2, 4]
+    monkeypatch.setattr(machine, "source_hash", lambda: "of other code")
+    assert suite.suite("mini", tmp_path, "cpu", minutes=2, resume=True)
+    assert measured_ranks == [2, 4, 2, 4]
+
+
+def test_a_case_that_fails_does_not_cost_the_others(mini, monkeypatch, tmp_path, capsys):
+    steps = [suite.Step("mini", rank=rank, dtype="float32", rounds=1, seconds=0, expected=0) for rank in (2, 4)]
+    monkeypatch.setitem(suite.PLANS, "mini", tuple(steps))
+    plain = suite.run
+
+    def run(**options):
+        if options["rank"] == 2:
+            raise RuntimeError("out of memory")
+        return plain(**options)
+
+    monkeypatch.setattr(suite, "run", run)
+    assert not suite.suite("mini", tmp_path, "cpu", minutes=2, resume=False)
+    assert "mini-b1-r2-float32: failed" in capsys.readouterr().out
+    assert (tmp_path / "mini-b1-r4-float32.json").is_file()
