@@ -3,8 +3,8 @@
     dW = Gᵀ X      dA = (M ⊙ dW) Bᵀ      dB = Aᵀ (M ⊙ dW)
     dL = dW ⊙ A B ⊙ s (1 - s) / tau      dP = dL Qᵀ      dQ = Pᵀ dL      dc = Σ dL
 
-A tile of dW lives in registers. A program walks one chunk of rows of one projection over one span of columns; it leaves its
-part of (dA, dP) for the sum over spans and its part of (dB, dQ, dc) for the sum over chunks. Both sums run in a fixed order.
+A tile of dW lives in registers. A program walks one chunk of rows of one projection over one part of a span of columns; it
+leaves its share of (dA, dP) for the sum over parts and its share of (dB, dQ, dc) for the sum over chunks. Both sums run in a fixed order.
 """
 
 import torch
@@ -14,12 +14,11 @@ from torch import Tensor
 
 from stamina_fast.kernels.philox import (
     LANES,
-    RANK_STEP,
-    SPAN,
-    gate_logits,
     gate_open,
+    gate_rows,
     gate_slope,
     gate_words,
+    left_tiles,
     load_left,
     load_right,
     low_rank,
@@ -30,6 +29,8 @@ from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device
 
 # rows a program walks: whole row tiles, so that they are those of the forward
 CHUNK_N = 256
+# ranks of each factor a program owns: the fewest that tensor cores take
+RANKS = tl.constexpr(16)
 BLOCK_SUM = 1024
 
 
@@ -41,8 +42,9 @@ def weight_gradient(
     col0, lanes, mask_k = columns
     acc = tl.full((rows.shape[0], LANES), 0.0, wide_dtype(x_ptr.dtype.element_ty))
     for t0 in range(0, T, BLOCK_T):
-        offs_t = tl.arange(0, BLOCK_T).to(tl.int64) + t0
+        offs_t = t0 + tl.arange(0, BLOCK_T)
         mask_t = offs_t < T
+        offs_t = offs_t.to(tl.int64)
         g = g_ptr + offs_t[None, :] * stride_gt + rows[:, None] * stride_gn
         g = tl.load(g, mask_n[:, None] & mask_t[None, :], 0.0)  # [BLOCK_N, BLOCK_T]
         x = x_ptr + col0 * stride_xk + offs_t[:, None] * stride_xt + lanes[None, :] * stride_xk
@@ -51,59 +53,112 @@ def weight_gradient(
     return acc
 
 
+@triton.constexpr_function
+def dot_precision(precision):
+    """How the dots of `pieces` multiply: pieces in half precision have nothing to choose."""
+    return "tf32" if precision == "tf32" else "ieee"
+
+
+@triton.jit
+def pieces(tile, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """A wide tile as the sum of tiles that meet a factor of DTYPE in one dot each, with products that lose nothing.
+
+    "split": three tiles of DTYPE with 8 bits of fp32 each; "tf32": the upper 11 bits and the rest; "ieee": the tile.
+    """
+    if PRECISION == "ieee":
+        parts = (tile,)
+    else:
+        # cut by an integer: rounding to a narrower type and back would take the conversion unit
+        mask: tl.constexpr = -65536 if PRECISION == "split" else -8192
+        head = (tile.to(tl.int32, bitcast=True) & mask).to(tl.float32, bitcast=True)
+        rest = tile - head
+        if PRECISION == "split":
+            middle = (rest.to(tl.int32, bitcast=True) & mask).to(tl.float32, bitcast=True)
+            parts = (head.to(DTYPE), middle.to(DTYPE), (rest - middle).to(DTYPE))
+        else:
+            parts = (head, rest)
+    return parts
+
+
+@triton.jit
+def add_left(parts, right, acc, PRECISION: tl.constexpr):
+    """acc + (Σ parts) right, where `right` holds half-precision values or PRECISION is "ieee"."""
+    for i in tl.static_range(len(parts)):
+        acc = tl.dot(parts[i], right.to(parts[i].dtype), acc, input_precision=dot_precision(PRECISION), out_dtype=acc.dtype)
+    return acc
+
+
+@triton.jit
+def add_right(left, parts, acc, PRECISION: tl.constexpr):
+    """acc + left (Σ parts), as `add_left`."""
+    for i in tl.static_range(len(parts)):
+        acc = tl.dot(left.to(parts[i].dtype), parts[i], acc, input_precision=dot_precision(PRECISION), out_dtype=acc.dtype)
+    return acc
+
+
 @triton.jit
 def factors_kernel(
     left_ptr, right_ptr, g_ptr, x_ptr, a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, seed_ptr, step_ptr, tau_ptr, chunks_ptr,
     T, N, k, stride_gt, stride_gn, stride_xt, stride_xk,
-    R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, BLOCK_T: tl.constexpr,
-    PRECISION: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr, PRECISION: tl.constexpr, UNIT_TAU: tl.constexpr,
 ):  # fmt: skip
-    """left [spans, N, R + S] = (dA | dP) by span; right [chunks, (R + S) k + spans] = (dB | dQ | dc) by chunk.
+    """left [parts, N, R + S] = (dA | dP) by part; right [chunks, (R + S) k + parts] = (dB | dQ | dc) by chunk.
 
-    A program owns a chunk, a span and RANK_STEP ranks of each factor; it makes dW anew for every further RANK_STEP ranks.
+    A program owns a chunk, a part of a span and RANKS ranks of each factor; it makes dW anew for every further RANKS ranks.
+    tau is on the device: of the two variants, the one that tau is not for ends at once.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WIDE: tl.constexpr = left_ptr.dtype.element_ty
     chunk = tl.program_id(0).to(tl.int64)
-    span = tl.program_id(1).to(tl.int64)
-    offs_r = tl.program_id(2) * RANK_STEP + tl.arange(0, RANK_STEP)
+    part = tl.program_id(1)
+    offs_r = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
     rows_of_chunk = chunks_ptr + 3 * chunk
     row0, row1, group = tl.load(rows_of_chunk), tl.load(rows_of_chunk + 1), tl.load(rows_of_chunk + 2)
     if p_ptr is not None:
         tau = tl.load(tau_ptr).to(WIDE)
+        if (tau == 1) != UNIT_TAU:
+            return
 
     dbs, dqs = (), ()
     for _ in tl.static_range(SUBTILES):
-        dbs += (tl.full((RANK_STEP, LANES), 0.0, WIDE),)
-        dqs += (tl.full((RANK_STEP, LANES), 0.0, WIDE),)
+        dbs += (tl.full((RANKS, LANES), 0.0, WIDE),)
+        dqs += (tl.full((RANKS, LANES), 0.0, WIDE),)
     dc = tl.full((BLOCK_N,), 0.0, WIDE)
     for start in range(row0, row1, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         mask_n = rows < row1
-        words = gate_words(seed_ptr, step_ptr, rows, span)
-        a_t = load_left(a_ptr, rows[None, :], mask_n[None, :], offs_r[:, None], R, DTYPE).to(WIDE)
-        da = tl.full((BLOCK_N, RANK_STEP), 0.0, WIDE)
-        dp = tl.full((BLOCK_N, RANK_STEP), 0.0, WIDE)
+        a_t = load_left(a_ptr, rows[None, :], mask_n[None, :], offs_r[:, None], R, DTYPE)
+        da = tl.full((BLOCK_N, RANKS), 0.0, WIDE)
+        dp = tl.full((BLOCK_N, RANKS), 0.0, WIDE)
+        if p_ptr is not None:
+            words = gate_words(seed_ptr, step_ptr, rows, part, PARTS)
+            a_tiles = left_tiles(a_ptr, rows, mask_n, R, DTYPE)
+            p_tiles, bias = gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S, DTYPE)
+            p_t = load_left(p_ptr, rows[None, :], mask_n[None, :], offs_r[:, None], S, DTYPE)
         new_dbs, new_dqs = (), ()
         for j in tl.static_range(SUBTILES):
-            columns = sub_tile(span, k, j)
+            columns = sub_tile(part, k, j, PARTS)
             col0, lanes, mask_k = columns
             dw = weight_gradient(g_ptr, x_ptr, rows, mask_n, columns, T, stride_gt, stride_gn, stride_xt, stride_xk, BLOCK_T)
             ddelta = dw
             if p_ptr is not None:
-                logits = gate_logits(p_ptr, q_ptr, bias_ptr, rows, mask_n, group, columns, k, S, DTYPE)
-                ddelta = tl.where(gate_open(logits, words, j), dw, 0.0)
-                dl = dw * low_rank(a_ptr, b_ptr, rows, mask_n, group, columns, k, R, DTYPE) * gate_slope(logits, words, tau, j)
+                product = low_rank(p_tiles, q_ptr, rows, group, columns, k, S, DTYPE)
+                ddelta = tl.where(gate_open(product, bias, words, j), dw, 0.0)
+            ddeltas = pieces(ddelta, DTYPE, PRECISION)
+            b_t = load_right(b_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, R, DTYPE)
+            da = add_left(ddeltas, b_t, da, PRECISION)
+            new_dbs += (add_right(a_t, ddeltas, dbs[j], PRECISION),)
+            if p_ptr is not None:
+                dl = dw * low_rank(a_tiles, b_ptr, rows, group, columns, k, R, DTYPE)
+                dl *= gate_slope(product, bias, words, tau, j, UNIT_TAU)
                 dc += tl.sum(dl, 1)
-                p_t = load_left(p_ptr, rows[None, :], mask_n[None, :], offs_r[:, None], S, DTYPE).to(WIDE)
-                q_t = load_right(q_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, S, DTYPE).to(WIDE)
-                dp = tl.dot(dl, q_t, dp, input_precision=PRECISION, out_dtype=WIDE)
-                new_dqs += (tl.dot(p_t, dl, dqs[j], input_precision=PRECISION, out_dtype=WIDE),)
-            b_t = load_right(b_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, R, DTYPE).to(WIDE)
-            da = tl.dot(ddelta, b_t, da, input_precision=PRECISION, out_dtype=WIDE)
-            new_dbs += (tl.dot(a_t, ddelta, dbs[j], input_precision=PRECISION, out_dtype=WIDE),)
+                dls = pieces(dl, DTYPE, PRECISION)
+                q_t = load_right(q_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, S, DTYPE)
+                dp = add_left(dls, q_t, dp, PRECISION)
+                new_dqs += (add_right(p_t, dls, dqs[j], PRECISION),)
         dbs = new_dbs
-        left = left_ptr + (span * N + rows[:, None]) * (R + S) + offs_r[None, :]
+        left = left_ptr + (part.to(tl.int64) * N + rows[:, None]) * (R + S) + offs_r[None, :]
         tl.store(left, da, mask_n[:, None] & (offs_r < R)[None, :])
         if p_ptr is not None:
             dqs = new_dqs
@@ -111,13 +166,13 @@ def factors_kernel(
 
     right = right_ptr + chunk * ((R + S) * k + tl.num_programs(1))
     for j in tl.static_range(SUBTILES):
-        col0, lanes, mask_k = sub_tile(span, k, j)
+        col0, lanes, mask_k = sub_tile(part, k, j, PARTS)
         db = right + col0 + offs_r.to(tl.int64)[:, None] * k + lanes[None, :]
         tl.store(db, dbs[j], (offs_r < R)[:, None] & mask_k[None, :])
         if p_ptr is not None:
             tl.store(db + R * k, dqs[j], (offs_r < S)[:, None] & mask_k[None, :])
     if p_ptr is not None and tl.program_id(2) == 0:
-        tl.store(right + (R + S) * k + span, tl.sum(dc, 0))
+        tl.store(right + (R + S) * k + part, tl.sum(dc, 0))
 
 
 @triton.jit
@@ -152,22 +207,22 @@ def backward_factors(grad, x, a, b, p, q, gate_bias, sizes, seed, step, tau):
     r, s = a.shape[1], 0 if p is None else p.shape[1]
     config = choose("factors", tokens, x.dtype, capability(x.device))
     chunks, ranges = (table(sizes, CHUNK_N, x.device) for table in (row_tiles, tile_ranges))
-    spans = triton.cdiv(k, SPAN.value)
+    parts = triton.cdiv(k, config.columns)
     dtype, both, groups = wide(x.dtype), (r + s) * k, len(sizes)
-    left = torch.empty((spans, rows, r + s), dtype=dtype, device=x.device)
-    right = torch.empty((len(chunks), both + spans), dtype=dtype, device=x.device)
+    left = torch.empty((parts, rows, r + s), dtype=dtype, device=x.device)
+    right = torch.empty((len(chunks), both + parts), dtype=dtype, device=x.device)
     with on_device(x):
-        if len(chunks) and spans:
-            factors_kernel[(len(chunks), spans, max(1, triton.cdiv(max(r, s), RANK_STEP.value)))](
+        for unit_tau in (True, False)[: 1 if p is None else 2] if len(chunks) and parts else ():
+            factors_kernel[(len(chunks), parts, max(1, triton.cdiv(max(r, s), RANKS.value)))](
                 left, right, grad, x, a, b, p, q, gate_bias, *((None, None) if p is None else (seed, step)), tau, chunks,
                 T=tokens, N=rows, k=k, stride_gt=grad.stride(0), stride_gn=grad.stride(1),
                 stride_xt=x.stride(0), stride_xk=x.stride(1),
-                R=r, S=s, BLOCK_N=config.block_n, SUBTILES=sub_tiles(k), BLOCK_T=config.block_t,
-                PRECISION=config.precision, **config.launch(),
+                R=r, S=s, BLOCK_N=config.block_n, SUBTILES=sub_tiles(k, config), PARTS=config.parts, BLOCK_T=config.block_t,
+                PRECISION=config.precision, UNIT_TAU=unit_tau, **config.launch(),
             )  # fmt: skip
         db = _sum_chunks(right[:, : r * k], ranges, (groups, r, k))
         if p is None:
             return left.sum(0), db, None, None, None
         dq = _sum_chunks(right[:, r * k : both], ranges, (groups, s, k))
-        dc = _sum_chunks(right[:, both:], ranges, (groups, spans)).sum(1)
+        dc = _sum_chunks(right[:, both:], ranges, (groups, parts)).sum(1)
     return left[..., :r].sum(0), db, left[..., r:].sum(0), dq, dc

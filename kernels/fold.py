@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from stamina_fast.kernels.philox import SPAN, masked_delta, sub_tile
+from stamina_fast.kernels.philox import SPAN, gate_rows, left_tiles, masked_delta, sub_tile
 from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, row_tiles, sub_tiles
 
 
@@ -20,11 +20,15 @@ def fold_kernel(
     rows = row0 + tl.arange(0, BLOCK_N)
     mask_n = rows < row1
     span = tl.program_id(1)
+    a_tiles = left_tiles(a_ptr, rows, mask_n, R, DTYPE)
+    gate = None
+    if p_ptr is not None:
+        gate = gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S, DTYPE)
     for j in tl.static_range(SUBTILES):
         columns = sub_tile(span, k, j)
         col0, lanes, mask_k = columns
         mask = mask_n[:, None] & mask_k[None, :]
-        delta = masked_delta(a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, None, rows, mask_n, group, columns, k, j, R, S, DTYPE)
+        delta = masked_delta(a_tiles, gate, None, b_ptr, q_ptr, rows, group, columns, k, j, R, S, DTYPE)
         w = w_ptr + col0 * stride_wk + rows[:, None] * stride_wn + lanes[None, :] * stride_wk
         if master_ptr is None:
             before = tl.load(w, mask, 0.0).to(delta.dtype)
@@ -55,5 +59,5 @@ def fold_(weight, a, b, p, q, gate_bias, sizes, master) -> None:
         fold_kernel[(len(tiles), triton.cdiv(k, SPAN.value))](
             weight, master, a, b, p, q, gate_bias, tiles,
             k=k, stride_wn=weight.stride(0), stride_wk=weight.stride(1), stride_mn=stride_mn, stride_mk=stride_mk,
-            R=a.shape[1], S=0 if p is None else p.shape[1], BLOCK_N=config.block_n, SUBTILES=sub_tiles(k), **config.launch(),
+            R=a.shape[1], S=0 if p is None else p.shape[1], BLOCK_N=config.block_n, SUBTILES=sub_tiles(k, config), **config.launch(),
         )  # fmt: skip

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stamina_fast.kernels.philox import LANES, SPAN, gate_words, masked_delta, sub_tile, wide_dtype
+from stamina_fast.kernels.philox import LANES, SPAN, gate_rows, gate_words, left_tiles, masked_delta, sub_tile, wide_dtype
 from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, row_tiles, sub_tiles, wide
 
 # dx is split over N until this many programs run; a fixed number, so that the order of a sum is the same on every device
@@ -35,6 +35,10 @@ def forward_kernel(
     offs_t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
 
+    a_tiles = left_tiles(a_ptr, rows, mask_n, R, DTYPE)
+    gate = None
+    if p_ptr is not None:
+        gate = gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S, DTYPE)
     # the residual is the left operand as it comes out of its own dot: no transpose of a computed tile
     acc = tl.full((BLOCK_N, BLOCK_T), 0.0, WIDE)
     for span in range(tl.cdiv(k, SPAN)):
@@ -46,7 +50,7 @@ def forward_kernel(
             x = tl.load(x, mask_k[:, None] & mask_t[None, :], 0.0)  # [LANES, BLOCK_T]
             w = w_ptr + col0 * stride_wk + rows[:, None] * stride_wn + lanes[None, :] * stride_wk
             w = tl.load(w, mask_n[:, None] & mask_k[None, :], 0.0)  # [BLOCK_N, LANES]
-            delta = masked_delta(a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, words, rows, mask_n, group, columns, k, j, R, S, DTYPE)
+            delta = masked_delta(a_tiles, gate, words, b_ptr, q_ptr, rows, group, columns, k, j, R, S, DTYPE)
             acc = tl.dot(w, x, acc, input_precision="ieee", out_dtype=WIDE)
             acc = tl.dot(delta.to(DTYPE), x, acc, input_precision="ieee", out_dtype=WIDE)
     y = y_ptr + offs_t[None, :] * N + rows[:, None]
@@ -58,14 +62,14 @@ def input_kernel(
     dx_ptr, g_ptr, w_ptr, a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, seed_ptr, step_ptr, tiles_ptr,
     T, k, tiles, stride_gt, stride_gn, stride_wn, stride_wk,
     R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, BLOCK_T: tl.constexpr,
-    PER_SPLIT: tl.constexpr,
+    PARTS: tl.constexpr, PER_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """dX[split, t, c] = Σ_n G[t, n] (W + M ⊙ A B)[n, c] over PER_SPLIT row tiles; a program owns BLOCK_T tokens, a span."""
+    """dX[split, t, c] = Σ_n G[t, n] (W + M ⊙ A B)[n, c] over PER_SPLIT row tiles; a program owns BLOCK_T tokens, a part of a span."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     WIDE: tl.constexpr = wide_dtype(DTYPE)
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     mask_t = offs_t < T
-    span = tl.program_id(1).to(tl.int64)
+    part = tl.program_id(1)
     split = tl.program_id(2).to(tl.int64)
 
     sums = ()
@@ -78,19 +82,23 @@ def input_kernel(
         mask_n = rows < row1
         g = g_ptr + offs_t[:, None] * stride_gt + rows[None, :] * stride_gn
         g = tl.load(g, mask_t[:, None] & mask_n[None, :], 0.0)  # [BLOCK_T, BLOCK_N]
-        words = gate_words(seed_ptr, step_ptr, rows, span)
+        a_tiles = left_tiles(a_ptr, rows, mask_n, R, DTYPE)
+        gate = None
+        if p_ptr is not None:
+            gate = gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S, DTYPE)
+        words = gate_words(seed_ptr, step_ptr, rows, part, PARTS)
         added = ()
         for j in tl.static_range(SUBTILES):
-            columns = sub_tile(span, k, j)
+            columns = sub_tile(part, k, j, PARTS)
             col0, lanes, mask_k = columns
             w = w_ptr + col0 * stride_wk + rows[:, None] * stride_wn + lanes[None, :] * stride_wk
             w = tl.load(w, mask_n[:, None] & mask_k[None, :], 0.0)  # [BLOCK_N, LANES]
-            delta = masked_delta(a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, words, rows, mask_n, group, columns, k, j, R, S, DTYPE)
+            delta = masked_delta(a_tiles, gate, words, b_ptr, q_ptr, rows, group, columns, k, j, R, S, DTYPE)
             acc = tl.dot(g, w, sums[j], input_precision="ieee", out_dtype=WIDE)
             added += (tl.dot(g, delta.to(DTYPE), acc, input_precision="ieee", out_dtype=WIDE),)
         sums = added
     for j in tl.static_range(SUBTILES):
-        col0, lanes, mask_k = sub_tile(span, k, j)
+        col0, lanes, mask_k = sub_tile(part, k, j, PARTS)
         dx = dx_ptr + split * T * k + col0 + offs_t[:, None] * k + lanes[None, :]
         tl.store(dx, sums[j].to(dx_ptr.dtype.element_ty), mask_t[:, None] & mask_k[None, :])
 
@@ -120,7 +128,7 @@ def forward(x, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Tensor:
             T=tokens, N=rows, k=k, stride_xt=x.stride(0), stride_xk=x.stride(1),
             stride_wn=weight.stride(0), stride_wk=weight.stride(1),
             R=a.shape[1], S=0 if p is None else p.shape[1],
-            BLOCK_N=config.block_n, SUBTILES=sub_tiles(k), BLOCK_T=config.block_t, **config.launch(),
+            BLOCK_N=config.block_n, SUBTILES=sub_tiles(k, config), BLOCK_T=config.block_t, **config.launch(),
         )  # fmt: skip
     return y
 
@@ -132,20 +140,20 @@ def backward_input(grad, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Te
     seed, step = _gate(p, seed, step)
     config = choose("input", tokens, grad.dtype, capability(grad.device))
     tiles = row_tiles(sizes, config.block_n, grad.device)
-    blocks, spans = triton.cdiv(tokens, config.block_t), triton.cdiv(k, SPAN.value)
-    if blocks * spans * len(tiles) == 0:
+    blocks, parts = triton.cdiv(tokens, config.block_t), triton.cdiv(k, config.columns)
+    if blocks * parts * len(tiles) == 0:
         return grad.new_zeros(tokens, k)
-    per_split = triton.cdiv(len(tiles), triton.cdiv(PROGRAMS, blocks * spans))
+    per_split = triton.cdiv(len(tiles), triton.cdiv(PROGRAMS, blocks * parts))
     splits = triton.cdiv(len(tiles), per_split)
     dtype = grad.dtype if splits == 1 else wide(grad.dtype)
     dx = torch.empty((splits, tokens, k), dtype=dtype, device=grad.device)
     with on_device(grad):
-        input_kernel[(blocks, spans, splits)](
+        input_kernel[(blocks, parts, splits)](
             dx, grad, weight, a, b, p, q, gate_bias, seed, step, tiles,
             T=tokens, k=k, tiles=len(tiles), stride_gt=grad.stride(0), stride_gn=grad.stride(1),
             stride_wn=weight.stride(0), stride_wk=weight.stride(1),
             R=a.shape[1], S=0 if p is None else p.shape[1],
-            BLOCK_N=config.block_n, SUBTILES=sub_tiles(k), BLOCK_T=config.block_t, PER_SPLIT=per_split,
+            BLOCK_N=config.block_n, SUBTILES=sub_tiles(k, config), PARTS=config.parts, BLOCK_T=config.block_t, PER_SPLIT=per_split,
             **config.launch(),
         )  # fmt: skip
     return dx[0] if splits == 1 else dx.sum(0).to(grad.dtype)

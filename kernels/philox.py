@@ -1,4 +1,4 @@
-"""The hard gate on tiles: noise words, logits, mask and slope.
+"""The hard gate on tiles: noise words, mask and slope.
 
     M = [L + ln u - ln(1 - u) > 0]   L = P Q + c   u = (h + 1/2) / 65536
 
@@ -8,6 +8,7 @@ of LANES columns, and sub-tile j takes half j of the words of its own (row, lane
 The mask must be the same to the bit in the forward, in both backward kernels and in the fold. So it is made here only, from
 the same row tiles and the same dot shapes, and every kernel that includes it is launched with enable_fp_fusion=False: else
 the compiler could contract a product and a sum in one kernel and not in another, and flip entries next to the threshold.
+Where a product and a sum are to be one instruction, `tl.fma` says so.
 """
 
 import triton
@@ -16,8 +17,7 @@ import triton.language as tl
 SPAN = tl.constexpr(256)
 LANES = tl.constexpr(32)
 ROUNDS = tl.constexpr(7)
-# rank of one dot: the smallest that tensor cores take; higher ranks loop in this step
-RANK_STEP = tl.constexpr(16)
+LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.constexpr_function
@@ -26,15 +26,22 @@ def wide_dtype(dtype):
     return tl.float64 if dtype == tl.float64 else tl.float32
 
 
-@triton.jit
-def sub_tile(span, k, J: tl.constexpr):
-    """First column of sub-tile J of a span, its columns from there, and which of them exist: int64, [LANES], [LANES].
+@triton.constexpr_function
+def rank_step(rank):
+    """Ranks of one dot: a power of two from 16, the fewest that tensor cores take, to 64; higher ranks take several dots."""
+    return min(64, max(16, triton.next_power_of_2(rank)))
 
-    The first column stays a scalar, added to pointers before the tile's own offsets, so that eight sub-tiles share those.
+
+@triton.jit
+def sub_tile(part, k, J: tl.constexpr, PARTS: tl.constexpr = 1):
+    """First column of sub-tile J of a part (int64), its columns from there, and which of them exist: [LANES], [LANES].
+
+    A part is a span, or one of PARTS equal pieces of it. The first column stays a scalar, added to pointers before the
+    tile's own offsets, so that the sub-tiles share those.
     """
-    col0 = tl.cast(span, tl.int64) * SPAN + J * LANES
-    lanes = tl.arange(0, LANES).to(tl.int64)
-    return col0, lanes, lanes < k - col0
+    col0 = part * (SPAN // PARTS) + J * LANES
+    lanes = tl.arange(0, LANES)
+    return tl.cast(col0, tl.int64), lanes.to(tl.int64), lanes < k - col0
 
 
 @triton.jit
@@ -50,81 +57,126 @@ def load_right(ptr, group, offs_r, col0, lanes, mask_k, k, RANK: tl.constexpr, D
 
 
 @triton.jit
-def low_rank(left_ptr, right_ptr, rows, mask_n, group, columns, k, RANK: tl.constexpr, DTYPE: tl.constexpr):
+def left_tiles(ptr, rows, mask_n, RANK: tl.constexpr, DTYPE: tl.constexpr):
+    """The rows of a left factor as `low_rank` takes them, loaded once for every sub-tile of those rows."""
+    STEP: tl.constexpr = rank_step(RANK)
+    lefts = ()
+    for r0 in tl.static_range(0, RANK, STEP):
+        offs_r = r0 + tl.arange(0, STEP)
+        lefts += (load_left(ptr, rows[:, None], mask_n[:, None], offs_r[None, :], RANK, DTYPE),)
+    return lefts
+
+
+@triton.jit
+def low_rank(lefts, right_ptr, rows, group, columns, k, RANK: tl.constexpr, DTYPE: tl.constexpr):
     """(left right[group])[n, c] of one sub-tile in fp32 (fp64 for fp64), both rounded to DTYPE first."""
+    STEP: tl.constexpr = rank_step(RANK)
     col0, lanes, mask_k = columns
     product = tl.full((rows.shape[0], LANES), 0.0, wide_dtype(DTYPE))
-    for r0 in range(0, RANK, RANK_STEP):
-        offs_r = r0 + tl.arange(0, RANK_STEP)
-        left = load_left(left_ptr, rows[:, None], mask_n[:, None], offs_r[None, :], RANK, DTYPE)
+    for i in tl.static_range(len(lefts)):
+        offs_r = i * STEP + tl.arange(0, STEP)
         right = load_right(right_ptr, group, offs_r[:, None], col0, lanes[None, :], mask_k[None, :], k, RANK, DTYPE)
-        product = tl.dot(left, right, product, input_precision="ieee", out_dtype=product.dtype)
+        product = tl.dot(lefts[i], right, product, input_precision="ieee", out_dtype=product.dtype)
     return product
 
 
 @triton.jit
-def gate_words(seed_ptr, step_ptr, rows, span):
-    """The four Philox words of each (row, lane) of a span, uint32 [rows, LANES]; None without noise."""
-    if seed_ptr is None:
-        words = None
-    else:
+def gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S: tl.constexpr, DTYPE: tl.constexpr):
+    """What the gate of these rows needs in every sub-tile: their tiles of P, and the scalar c of their projection."""
+    bias = tl.full((), 0.0, wide_dtype(DTYPE))
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + group).to(bias.dtype)
+    return left_tiles(p_ptr, rows, mask_n, S, DTYPE), bias
+
+
+@triton.jit
+def gate_words(seed_ptr, step_ptr, rows, part, PARTS: tl.constexpr = 1):
+    """The 4 / PARTS Philox words of each (row, lane) of a part, uint32 [rows, LANES]; None without noise."""
+    words = None
+    if seed_ptr is not None:
         step = tl.load(step_ptr)
-        lanes = (tl.arange(0, LANES) + span * LANES).to(tl.uint32)[None, :]
-        words = tl.philox(
+        lanes = (tl.arange(0, LANES) + part // PARTS * LANES).to(tl.uint32)[None, :]
+        span_words = tl.philox(
             tl.load(seed_ptr), lanes, rows.to(tl.uint32)[:, None], step.to(tl.uint32), (step >> 32).to(tl.uint32), ROUNDS
         )
+        words = ()
+        for i in tl.static_range(4 // PARTS):
+            word = span_words[i]
+            for piece in tl.static_range(1, PARTS):
+                word = tl.where(part % PARTS == piece, span_words[piece * (4 // PARTS) + i], word)
+            words += (word,)
     return words
 
 
 @triton.jit
 def draws(words, J: tl.constexpr, WIDE: tl.constexpr):
-    """a = h + 1/2 = 65536 u of sub-tile J, exact in fp32."""
-    half = (words[J // 2] >> (16 * (J % 2))) & 0xFFFF
-    return half.to(WIDE) + 0.5
-
-
-@triton.jit
-def gate_logits(p_ptr, q_ptr, bias_ptr, rows, mask_n, group, columns, k, S: tl.constexpr, DTYPE: tl.constexpr):
-    """L = P Q + c of one sub-tile in fp32 (fp64 for fp64)."""
-    logits = low_rank(p_ptr, q_ptr, rows, mask_n, group, columns, k, S, DTYPE)
-    if bias_ptr is not None:
-        logits += tl.load(bias_ptr + group).to(logits.dtype)
-    return logits
-
-
-@triton.jit
-def gate_open(logits, words, J: tl.constexpr):
-    """M of one sub-tile: L > 0, or with a = 65536 u and b = (65536 - a) exp(-L): a > b, which needs no logarithm.
-
-    An overflowing exp(-L) closes the gate, as it should.
-    """
-    if words is None:
-        is_open = logits > 0
+    """u = (h + 1/2) / 65536 of sub-tile J, exact in fp32."""
+    word = words[J // 2]
+    half = (word >> 16) if J % 2 else (word & 0xFFFF)
+    if WIDE == tl.float64:
+        u = (half.to(WIDE) + 0.5) / 65536
     else:
-        a = draws(words, J, logits.dtype)
-        is_open = a > (65536 - a) * tl.exp(-logits)
+        # h as the low bits of a float from 128 on, where a unit is 2**-16: an integer conversion costs as much as exp2
+        u = (half | 0x43000000).to(tl.float32, bitcast=True) - (128 - 2**-17)
+    return u
+
+
+@triton.jit
+def odds_against(product, bias, u):
+    """(1 - u) exp(-L) with L = product + c, in two multiply-adds and one exp2.
+
+    Where exp(-L) overflows this is not a number, and no u is above it: the gate is closed, as it should be.
+    """
+    scale = tl.full(product.shape, -LOG2E, product.dtype)
+    e = tl.exp2(tl.fma(product, scale, tl.broadcast_to(bias * -LOG2E, product.shape)))
+    return tl.fma(-e, u, e)
+
+
+@triton.jit
+def gate_open(product, bias, words, J: tl.constexpr):
+    """M of one sub-tile: L > 0, or u > (1 - u) exp(-L), which needs no logarithm."""
+    if words is None:
+        is_open = product > -bias
+    else:
+        u = draws(words, J, product.dtype)
+        is_open = u > odds_against(product, bias, u)
     return is_open
 
 
 @triton.jit
-def gate_slope(logits, words, tau, J: tl.constexpr):
-    """dM/dL := s (1 - s) / tau with s = sigmoid(z / tau), from e = exp(-|z| / tau) in [0, 1], which cannot overflow."""
-    z = logits
-    if words is not None:
-        a = draws(words, J, logits.dtype)
-        z += tl.log(a / (65536 - a))
-    e = tl.exp(-tl.abs(z) / tau)
-    return e / ((1 + e) * (1 + e) * tau)
+def gate_slope(product, bias, words, tau, J: tl.constexpr, UNIT_TAU: tl.constexpr):
+    """dM/dL := s (1 - s) / tau with s = sigmoid(z / tau), finite for every draw and logit; UNIT_TAU says that tau is 1.
+
+    Then s / (1 - s) = u / v with v = (1 - u) exp(-L), so s (1 - s) = u v / (u + v)²: no logarithm. Else
+    e = exp(-|z| / tau) in [0, 1] and s (1 - s) = e / (1 + e)². A square of rsqrt is the cheapest reciprocal.
+    """
+    if words is None:
+        u = tl.full(product.shape, 0.5, product.dtype)
+    else:
+        u = draws(words, J, product.dtype)
+    if UNIT_TAU:
+        v = tl.minimum(odds_against(product, bias, u), 2.0**100)
+        inverse = tl.rsqrt(u + v)
+        inverse *= inverse
+        slope = (u * inverse) * (v * inverse)
+    else:
+        z = (product + bias) * LOG2E + (tl.log2(u) - tl.log2(1 - u))
+        e = tl.exp2(-tl.abs(z) * (1 / tau))
+        inverse = tl.rsqrt(1 + e)
+        inverse *= inverse
+        slope = (e * inverse) * (inverse * (1 / tau))
+    return slope
 
 
 @triton.jit
 def masked_delta(
-    a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, words, rows, mask_n, group, columns, k,
+    a_tiles, gate, words, b_ptr, q_ptr, rows, group, columns, k,
     J: tl.constexpr, R: tl.constexpr, S: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """(M ⊙ A B)[n, c] of sub-tile J in fp32 (fp64 for fp64); M = 1 where p is None."""
-    delta = low_rank(a_ptr, b_ptr, rows, mask_n, group, columns, k, R, DTYPE)
-    if p_ptr is not None:
-        logits = gate_logits(p_ptr, q_ptr, bias_ptr, rows, mask_n, group, columns, k, S, DTYPE)
-        delta = tl.where(gate_open(logits, words, J), delta, 0.0)
+    """(M ⊙ A B)[n, c] of sub-tile J in fp32 (fp64 for fp64); M = 1 where `gate` is None."""
+    delta = low_rank(a_tiles, b_ptr, rows, group, columns, k, R, DTYPE)
+    if gate is not None:
+        p_tiles, bias = gate
+        product = low_rank(p_tiles, q_ptr, rows, group, columns, k, S, DTYPE)
+        delta = tl.where(gate_open(product, bias, words, J), delta, 0.0)
     return delta

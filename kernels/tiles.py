@@ -10,15 +10,18 @@ import torch
 import triton
 from torch import Tensor
 
+from stamina_fast.kernels.philox import LANES, SPAN
+
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut: rows and tokens of a tile, warps, pipeline stages, precision of dots with an fp32 operand."""
+    """How a kernel is cut: rows and tokens of a tile, programs a span, warps, stages, precision of dots with an fp32 operand."""
 
     block_n: int
     block_t: int
     num_warps: int
     precision: str
+    parts: int = 1
     num_stages: int = 1
 
     def __post_init__(self):
@@ -26,6 +29,14 @@ class Config:
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
                 raise ValueError(f"{name} must be a power of two of at least 16, got {value}")
+
+        if self.parts not in (1, 2, 4):
+            raise ValueError(f"parts must be 1, 2 or 4, since each takes whole noise words, got {self.parts}")
+
+    @property
+    def columns(self) -> int:
+        """Columns a program owns of a span."""
+        return SPAN.value // self.parts
 
     def launch(self) -> dict:
         """Launch options. Why without fp fusion: see `stamina_fast.kernels.philox`."""
@@ -62,17 +73,18 @@ def choose(kernel: str, tokens: int, dtype: torch.dtype, gpu: int) -> Config:
         return Config(block_n=64, block_t=min(256, tokens), num_warps=4, precision="ieee")
     if dtype.itemsize > 2:
         return Config(block_n=16, block_t=16, num_warps=8, precision="ieee")
-    precision = "tf32x3" if gpu else "ieee"
+    precision = "ieee" if not gpu else "split" if dtype == torch.bfloat16 else "tf32"
     if gpu // 10 in (10, 11) and not SHARES_TENSOR_MEMORY:
         # two warps are too few for the instructions that need tensor memory
         return Config(block_n=64, block_t=min(32, tokens), num_warps=2, precision=precision)
-    num_warps = 8 if kernel in ("input", "factors") else 4
-    return Config(block_n=64, block_t=min(64, tokens), num_warps=num_warps, precision=precision)
+    num_warps = 8 if kernel == "input" else 4
+    parts = 2 if kernel in ("input", "factors") else 1
+    return Config(block_n=64, block_t=min(64, tokens), num_warps=num_warps, precision=precision, parts=parts)
 
 
-def sub_tiles(k: int) -> int:
-    """Sub-tiles of 32 columns in a span of 256 that a matrix of k columns can fill."""
-    return min(8, -(-k // 32))
+def sub_tiles(k: int, config: Config) -> int:
+    """Sub-tiles of 32 columns in the columns a program owns that a matrix of k columns can fill."""
+    return -(-min(k, config.columns) // LANES.value)
 
 
 @lru_cache(maxsize=512)

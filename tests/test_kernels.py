@@ -239,11 +239,12 @@ def test_philox_known_answers(key, counter, words):
 
 
 def test_stream_layout():
-    """The kernel's draw of (row, column) is the specification's: logits on either side of its threshold show h exactly."""
+    """The kernel's draw of (row, column) is the specification's: logits a quarter of a draw either side of its threshold."""
     rows, k = 3, 300
     h = halves(NOISE, rows, k, DEVICE).double()
     threshold = torch.log((65535.5 - h) / (h + 0.5))
-    for shift, wanted in ((1e-4, 1.0), (-1e-4, 0.0)):
+    quarter = 16384 / ((h + 0.5) * (65535.5 - h))
+    for shift, wanted in ((quarter, 1.0), (-quarter, 0.0)):
         q = (threshold + shift).unsqueeze(0)
         # one projection with P = the unit matrix puts any logits into Q
         p = torch.eye(rows, dtype=torch.float64, device=DEVICE)
@@ -257,8 +258,13 @@ def test_stream_layout():
 def gate_kernel(open_ptr, slope_ptr, logits_ptr, words_ptr, tau_ptr, WIDTH: tl.constexpr):
     offs = tl.arange(0, WIDTH)
     logits, words = tl.load(logits_ptr + offs), (tl.load(words_ptr + offs).to(tl.uint32),)
-    tl.store(open_ptr + offs, gate_open(logits, words, 0).to(tl.int8))
-    tl.store(slope_ptr + offs, gate_slope(logits, words, tl.load(tau_ptr), 0))
+    bias = tl.full((), 0.0, tl.float32)
+    tl.store(open_ptr + offs, gate_open(logits, bias, words, 0).to(tl.int8))
+    tau = tl.load(tau_ptr)
+    slope = gate_slope(logits, bias, words, tau, 0, False)
+    if tau == 1:
+        slope = gate_slope(logits, bias, words, tau, 0, True)
+    tl.store(slope_ptr + offs, slope)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")
