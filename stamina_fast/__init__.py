@@ -5,7 +5,7 @@ from .attach import Adapters, attach
 from .config import StaminaConfig
 from .dispatch import backends, launches
 from .errors import StaminaError
-from .functional import fold_, gate_mask, gate_penalties, gate_uniforms, masked_linear
+from .functional import fold_, gate_mask, gate_penalties, gate_uniforms, masked_linear, rebuild_
 from .noise import GateNoise
 from .train import TrainOptions, train
 
@@ -25,6 +25,7 @@ __all__ = [
     "gate_uniforms",
     "launches",
     "masked_linear",
+    "rebuild_",
     "reference",
     "train",
 ]

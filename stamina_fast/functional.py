@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,12 +20,17 @@ def _shape(name: str, tensor: Tensor, wanted: tuple[int, ...], meaning: str) -> 
         raise ValueError(f"{name} must be {meaning} = {list(wanted)}, got {got}{hint}")
 
 
-def _check_factors(n: int, k: int, sizes, factors: dict[str, Tensor | None], device: torch.device) -> tuple[int, ...]:
-    """Check shapes, dtypes and devices of the factors against [N, k]; the rows of each projection."""
-    a, b, p, q, gate_bias = (factors[name] for name in ("a", "b", "p", "q", "gate_bias"))
+def _check_sizes(n: int, sizes) -> tuple[int, ...]:
     sizes = (n,) if sizes is None else tuple(int(s) for s in sizes)
     if any(s < 0 for s in sizes) or sum(sizes) != n:
         raise ValueError(f"sizes must be the rows of each projection, summing to N = {n}, got {sizes} with sum {sum(sizes)}")
+    return sizes
+
+
+def _check_factors(n: int, k: int, sizes, factors: dict[str, Tensor | None], device: torch.device) -> tuple[int, ...]:
+    """Check shapes, dtypes and devices of the factors against [N, k]; the rows of each projection."""
+    a, b, p, q, gate_bias = (factors[name] for name in ("a", "b", "p", "q", "gate_bias"))
+    sizes = _check_sizes(n, sizes)
     groups = len(sizes)
     if (p is None) != (q is None):
         raise ValueError("p and q go together: pass both, or neither for a mask of ones")
@@ -166,28 +173,72 @@ def fold_(
 
     Raises ValueError where master or a factor overlaps weight in memory, or weight overlaps itself.
     """
+    factors = {"a": a, "b": b, "p": p, "q": q, "gate_bias": gate_bias}
+    sizes = _check_written(weight, master, sizes, [factors])
+    detached = [None if t is None else t.detach() for t in factors.values()]
+    ops.fold_(weight.detach(), *detached, list(sizes), None if master is None else master.detach(), backend or "")
+    return weight
+
+
+@torch.no_grad()
+def rebuild_(
+    weight: Tensor,
+    base: Tensor,
+    tasks: Sequence[Mapping[str, Tensor | None]],
+    *,
+    sizes: tuple[int, ...] | None = None,
+    master: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """W = W_0 + Σ_t [P_t Q_t + c_t > 0] ⊙ (A_t B_t) in place, in one pass over the weight; returns weight.
+
+    weight and base (W_0) are [N, k] of one dtype. Each task is the factors of a fold by name: a and b, and p, q and
+    gate_bias where it has a mask; shapes as in `masked_linear`, ranks may differ between tasks. The sum is taken in fp32
+    (fp64 for fp64) in the order of `tasks` and rounded once; `master`, an fp32 [N, k], receives it unrounded. The bits are
+    those of a `fold_` for each task, through a master that starts as base.
+
+    Raises ValueError where weight or master overlaps another argument, or itself, and for factors that do not fit.
+    """
+    names = ("a", "b", "p", "q", "gate_bias")
+    for i, task in enumerate(tasks):
+        if not {"a", "b"} <= set(task) <= set(names):
+            raise ValueError(f"task {i} must have a and b, and may have p, q and gate_bias, got {sorted(task)}")
+    tasks = [{name: task.get(name) for name in names} for task in tasks]
+    sizes = _check_written(weight, master, sizes, [*tasks, {"base": base}])
+    _shape("base", base, tuple(weight.shape), "[N, k]")
+    if base.dtype != weight.dtype or base.device != weight.device:
+        raise ValueError(f"base must be {weight.dtype} on {weight.device}, got {base.dtype} on {base.device}")
+    columns = ([None if task[name] is None else task[name].detach() for task in tasks] for name in names)
+    kept = None if master is None else master.detach()
+    ops.rebuild_(weight.detach(), base.detach(), *columns, list(sizes), kept, backend or "")
+    return weight
+
+
+def _check_written(weight: Tensor, master: Tensor | None, sizes, read: list[dict[str, Tensor | None]]) -> tuple[int, ...]:
+    """Check what an in-place operator writes against what it reads (factors of tasks, or other tensors); the rows."""
     if weight.ndim != 2 or weight.dtype not in FLOATS:
         raise ValueError(f"weight must be a floating [N, k], got {weight.dtype} {list(weight.shape)}")
     n, k = weight.shape
-    factors = {"a": a, "b": b, "p": p, "q": q, "gate_bias": gate_bias}
-    sizes = _check_factors(n, k, sizes, factors, weight.device)
+    for factors in read:
+        if "a" in factors:
+            _check_factors(n, k, sizes, factors, weight.device)
+    sizes = _check_sizes(n, sizes)
     if master is not None:
         _shape("master", master, (n, k), "[N, k]")
         wanted = reference.compute_dtype(weight.dtype)
         if master.dtype != wanted or master.device != weight.device:
             raise ValueError(f"master must be {wanted} on {weight.device}, got {master.dtype} on {master.device}")
-    if not torch.compiler.is_compiling():
-        for name, tensor in {"master": master, **factors}.items():
-            if tensor is not None and _overlap(weight, tensor):
-                raise ValueError(f"{name} overlaps weight in memory; pass {name}.clone()")
-            if tensor is not None and master is not None and tensor is not master and _overlap(master, tensor):
-                raise ValueError(f"{name} overlaps master in memory; pass {name}.clone()")
-        for name, tensor in (("weight", weight), ("master", master)):
-            if tensor is not None and any(st == 0 and size > 1 for size, st in zip(tensor.shape, tensor.stride(), strict=True)):
-                raise ValueError(f"{name} is expanded: several entries share memory; pass {name}.contiguous()")
-    detached = [None if t is None else t.detach() for t in (a, b, p, q, gate_bias)]
-    ops.fold_(weight.detach(), *detached, list(sizes), None if master is None else master.detach(), backend or "")
-    return weight
+    if torch.compiler.is_compiling():
+        return sizes
+    written = {name: t for name, t in (("weight", weight), ("master", master)) if t is not None}
+    for name, tensor in [("master", master), *(item for factors in read for item in factors.items())]:
+        for target, into in written.items():
+            if tensor is not None and name != target and _overlap(into, tensor):
+                raise ValueError(f"{name} overlaps {target} in memory; pass {name}.clone()")
+    for name, tensor in written.items():
+        if any(st == 0 and size > 1 for size, st in zip(tensor.shape, tensor.stride(), strict=True)):
+            raise ValueError(f"{name} is expanded: several entries share memory; pass {name}.contiguous()")
+    return sizes
 
 
 def gate_penalties(

@@ -143,3 +143,33 @@ def fold_(
 @fold_.register_fake
 def _(weight, a, b, p, q, gate_bias, sizes, master, backend):
     return None
+
+
+@torch.library.custom_op("stamina_fast::rebuild_", mutates_args=("weight", "master"))
+def rebuild_(
+    weight: Tensor,
+    base: Tensor,
+    a: list[Tensor],
+    b: list[Tensor],
+    p: list[Tensor | None],
+    q: list[Tensor | None],
+    gate_bias: list[Tensor | None],
+    sizes: list[int],
+    master: Tensor | None,
+    backend: str,
+) -> None:
+    chosen = dispatch.choose(backend, weight.device, weight.dtype)
+    dispatch.count("rebuild_", chosen)
+    tasks = list(zip(a, b, p, q, gate_bias, strict=True))
+    rows = tuple(sizes)
+    if chosen == "triton":
+        from .kernels import rebuild
+
+        rebuild.rebuild_(weight, base, tasks, rows, master)
+    else:
+        reference.rebuild_(weight, base, tasks, sizes=rows, master=master)
+
+
+@rebuild_.register_fake
+def _(weight, base, a, b, p, q, gate_bias, sizes, master, backend):
+    return None

@@ -196,12 +196,26 @@ def gate_mask(p, q, gate_bias=None, *, sizes=None, noise=None, dtype=None) -> Te
 @torch.no_grad()
 def fold_(weight, a, b, p=None, q=None, gate_bias=None, *, sizes=None, master=None) -> Tensor:
     """W += [L > 0] ⊙ (A B) in place, summed in fp32 (fp64 for fp64) or in `master`, rounded once into `weight`."""
+    return _add_residuals(weight, weight if master is None else master, [(a, b, p, q, gate_bias)], sizes, master)
+
+
+@torch.no_grad()
+def rebuild_(weight, base, tasks, *, sizes=None, master=None) -> Tensor:
+    """W = W_0 + Σ_t [L_t > 0] ⊙ (A_t B_t), summed in this order in fp32 (fp64 for fp64), kept in `master`, rounded once.
+
+    `tasks`: tuples (a, b, p, q, gate_bias).
+    """
+    return _add_residuals(weight, base, tasks, sizes, master)
+
+
+def _add_residuals(weight: Tensor, before: Tensor, tasks, sizes: tuple[int, ...] | None, master: Tensor | None) -> Tensor:
     sizes = sizes or (weight.shape[0],)
     with full_precision(weight.device):
-        delta = residual(a, b, p, q, gate_bias, sizes, weight.dtype)
-        total = weight.to(delta.dtype) if master is None else master
-        # an entry outside the mask must not change at all, not even from -0.0 to 0.0
-        total = torch.where(delta != 0, total + delta, total)
+        total = before.to(compute_dtype(weight.dtype))
+        for factors in tasks:
+            delta = residual(*factors, sizes, weight.dtype)
+            # an entry outside the mask must not change at all, not even from -0.0 to 0.0
+            total = torch.where(delta != 0, total + delta, total)
         if master is not None:
             master.copy_(total)
         weight.copy_(total)

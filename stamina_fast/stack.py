@@ -254,11 +254,14 @@ class Stack(nn.Module):
     def rewind(self, tasks: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
         """Rebuild the weight from W_0 and the stored factors of these tasks, in this order."""
         self.refresh(rebuilding=True)
-        self.weight.copy_(self.base)
         self.master = self._past = None
-        self.folded = []
+        self.folded, kept = [], []
         for task, factors in tasks:
-            self.fold_(task, factors)
+            kept.append({name: tensor.to(self.weight.device) for name, tensor in factors.items()})
+            self.folded.append(task)
+        if kept:
+            self.master = torch.empty_like(self.base, dtype=compute_dtype(self.weight.dtype))
+        functional.rebuild_(self.weight, self.base, kept, sizes=self.sizes, master=self.master)
 
     def past(self) -> Tensor | None:
         """S = master - W_0 in fp32 [N, k], kept until the next fold; None while nothing is folded."""

@@ -6,28 +6,9 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import SIZES, K, N, case, relative
 
 import stamina_fast as sf
-
-SIZES = (5, 0, 7, 4)
-N, K, RANK, GATE = 16, 40, 3, 2
-
-
-def case(dtype=torch.float32, n=N, k=K, sizes=SIZES, rank=RANK, gate=GATE, seed=0, tokens=(2, 6), scale=1.0):
-    g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape, scale=1.0):
-        return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
-
-    x, weight = normal(*tokens, k), normal(n, k, scale=k**-0.5)
-    factors = {
-        "a": normal(n, rank, scale=scale * rank**-0.5),
-        "b": normal(len(sizes), rank, k, scale=k**-0.5),
-        "p": normal(n, gate),
-        "q": normal(len(sizes), gate, k),
-        "gate_bias": normal(len(sizes)),
-    }
-    return x, weight, factors
 
 
 def gradients(function, x, weight, factors, grad=None, **options):
@@ -35,10 +16,6 @@ def gradients(function, x, weight, factors, grad=None, **options):
     y = function(inputs[0], weight, **dict(zip(factors, inputs[1:], strict=True)), **options)
     grad = torch.ones_like(y) if grad is None else grad
     return y, torch.autograd.grad(y, inputs, grad)
-
-
-def relative(got, want):
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
 
 
 @pytest.mark.parametrize("noise", [None, sf.GateNoise(3, 4)])
@@ -338,49 +315,6 @@ def test_repeats_are_bit_equal():
         again, others = gradients(sf.masked_linear, x, weight, factors, sizes=SIZES, noise=sf.GateNoise(2, 2))
         assert torch.equal(y, again)
         assert all(torch.equal(g, o) for g, o in zip(grads, others, strict=True))
-
-
-# ---- fold ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_fold_adds_the_masked_product_and_leaves_the_rest(dtype):
-    _, weight, factors = case(dtype)
-    mask = sf.gate_mask(factors["p"], factors["q"], factors["gate_bias"], sizes=SIZES)
-    folded = sf.fold_(weight.clone(), **factors, sizes=SIZES)
-    assert torch.equal(folded[~mask], weight[~mask])
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    delta = torch.cat([f.to(wide) @ factors["b"][g].to(wide) for g, f in enumerate(factors["a"].split(SIZES))])
-    torch.testing.assert_close(folded[mask], (weight.to(wide) + delta).to(dtype)[mask])
-
-
-def test_a_thousand_small_folds_into_a_master_lose_nothing():
-    _, weight, factors = case(torch.bfloat16, scale=1e-3)
-    master, start = weight.float(), weight.clone()
-    for _ in range(1000):
-        sf.fold_(weight, **factors, sizes=SIZES, master=master)
-    assert torch.equal(weight, master.bfloat16())
-    mask = sf.gate_mask(factors["p"], factors["q"], factors["gate_bias"], sizes=SIZES)
-    a, b = factors["a"].double(), factors["b"].double()
-    update = 1000 * mask * torch.cat([part @ b[g] for g, part in enumerate(a.split(SIZES))])
-    assert relative(master.double() - start.double(), update) <= 1e-4
-    assert torch.equal(weight[~mask], start[~mask])
-
-
-def test_negative_zero_outside_the_mask_keeps_its_bits():
-    weight = torch.full((2, 4), -0.0)
-    sf.fold_(weight, torch.ones(2, 1), torch.ones(1, 1, 4), torch.ones(2, 1), -torch.ones(1, 1, 4))
-    assert torch.signbit(weight).all()
-
-
-def test_overlapping_memory_is_refused():
-    _, weight, factors = case()
-    with pytest.raises(ValueError, match="master overlaps weight"):
-        sf.fold_(weight, **factors, sizes=SIZES, master=weight)
-    with pytest.raises(ValueError, match="a overlaps weight"):
-        sf.fold_(weight, **{**factors, "a": weight[:, :RANK]}, sizes=SIZES)
-    with pytest.raises(ValueError, match="expanded"):
-        sf.fold_(weight[:1].expand(N, K), **factors, sizes=SIZES)
 
 
 def test_launches_count_what_ran():
