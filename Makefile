@@ -18,7 +18,7 @@ override PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.stamina-fast-ready
 endif
 
-.PHONY: help setup demo test test-long lint bench wheel clean
+.PHONY: help setup demo test test-long lint bench gpu wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -37,8 +37,12 @@ test-long: $(READY) ## the same tests with many more cases
 lint: $(READY) ## ruff
 	$(PYTHON) -m ruff check .
 
-bench: $(READY) ## what the operators cost on this machine
-	$(PYTHON) -m stamina_fast.cli bench $(ARGS)
+bench: $(READY) ## what the operators cost on this CPU, in about two minutes; leaves bench/results/cpu
+	$(PYTHON) -m stamina_fast.bench.suite cpu --device cpu --output bench/results/cpu $(ARGS)
+
+# PYTHON on the command line needs no more than torch, triton, numpy, pytest, transformers, peft and safetensors
+gpu: $(READY) ## every GPU test, compute-sanitizer and the whole bench, in 20 minutes; leaves one folder to commit
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 wheel: $(READY) ## a pure wheel in dist/
 	$(PYTHON) -m build --wheel --no-isolation --outdir dist .

@@ -24,12 +24,13 @@ def output_of(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def source_hash() -> str:
-    """SHA-256 over the names and bytes of all code that runs, which tells two checkouts apart where git is not at hand."""
+def source_hash(folders: tuple[str, ...] = SOURCES) -> str:
+    """SHA-256 over the names and bytes of all code in `folders`: it tells two checkouts apart where git is not at hand."""
     digest = hashlib.sha256()
     suffixes = {".py", ".cpp", ".cu", ".h", ".hpp", ".cuh"}
-    # an installed package holds kernels/ and bench/ itself
-    found = {path for name in SOURCES for path in (ROOT / name).rglob("*") if path.suffix in suffixes}
+    # ROOT itself: an installed package holds kernels/ and bench/
+    paths = [*ROOT.glob("*"), *(path for name in folders for path in (ROOT / name).rglob("*"))]
+    found = {path for path in paths if path.suffix in suffixes}
     for path in sorted(found):
         digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:16]

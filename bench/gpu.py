@@ -1,0 +1,220 @@
+"""Everything that a GPU can show, unattended and within a time: `make gpu`, or `python -m bench.gpu` in a checkout.
+
+The stages run one after another, each in a process of its own with its own log and limit: the GPU tests, compute-sanitizer,
+and the bench in parts. What is left is one folder to commit, with summary.md on top. Run again, it goes on: a stage that
+this very code has passed in that folder is not repeated. Needs torch, triton, numpy, pytest, safetensors and transformers;
+peft for its arm, diffusers for the tests that train, matplotlib for the plots. Nothing is installed: the package is used as
+it lies in the checkout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from .machine import ROOT, SOURCES, describe, source_hash
+
+SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
+TESTS = ("tests/gpu", "tests/test_kernels.py")
+
+
+def code_hash() -> str:
+    return source_hash((*SOURCES, "tests"))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A command that ends within `limit` seconds, or is ended. `report` is the JUnit file of a stage of tests."""
+
+    name: str
+    command: tuple[str, ...]
+    limit: float
+    environment: dict[str, str] = field(default_factory=dict)
+    report: Path | None = None
+    left_out: str = ""
+
+
+def stages(output: Path) -> list[Stage]:
+    """What is most wanted comes first, in case the time does not reach."""
+    python = sys.executable
+    imports = "import stamina_fast as sf, stamina_fast.kernels.masked_linear, stamina_fast.bench.run; print(sf.backends())"
+    report = output / "logs" / "tests.xml"
+    pytest = (python, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "--rootdir", str(ROOT), "--confcutdir", "tests/gpu",
+              f"--junitxml={report}", *TESTS)
+
+    def bench(plan: str, limit: float) -> Stage:
+        suite = (python, "-m", "stamina_fast.bench.suite", plan, "--device", "cuda", "--output", str(output), "--resume")
+        return Stage(f"bench-{plan}", (*suite, "--minutes", f"{0.9 * limit / 60:.2f}"), limit)
+
+    def sanitizer(tool: str) -> Stage:
+        missing = "" if shutil.which("compute-sanitizer") else "compute-sanitizer is not on PATH; the CUDA toolkit has it"
+        check = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "stamina_fast.bench.sanitize")
+        # without torch's own cache of memory, so that each tensor has bounds that the sanitizer knows
+        return Stage(f"sanitizer-{tool}", check, 90, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, left_out=missing)
+
+    return [
+        Stage("imports", (python, "-c", imports), 90),
+        Stage("tests", pytest, 330, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, report),
+        bench("sd15", 180), bench("sdxl", 210), *(sanitizer(tool) for tool in SANITIZERS),
+        bench("compiled", 240), bench("ranks", 150), bench("dtypes", 100), bench("sd21", 120),
+    ]
+
+
+@contextlib.contextmanager
+def checkout() -> Iterator[Path]:
+    """A folder for PYTHONPATH in which the package is whole: stamina_fast/ with kernels/ and bench/ in it, all links."""
+    with tempfile.TemporaryDirectory(prefix="stamina-fast-") as folder:
+        package = Path(folder) / "stamina_fast"
+        package.mkdir()
+        parts = [*(ROOT / "stamina_fast").iterdir(), ROOT / "kernels", ROOT / "bench"]
+        for part in parts:
+            if part.name != "__pycache__":
+                (package / part.name).symlink_to(part)
+        yield Path(folder)
+
+
+def ended(process: subprocess.Popen, limit: float) -> int | None:
+    """The exit code within `limit` seconds, or None; whatever happens, nothing of the process group is left running."""
+    try:
+        return process.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def count_tests(report: Path) -> tuple[Counter, Counter]:
+    """({"passed" | "failed" | "skipped": tests}, {reason: skipped tests}) of a JUnit file."""
+    outcomes, reasons = Counter(), Counter()
+    for case in ElementTree.parse(report).iter("testcase"):
+        skipped = case.find("skipped")
+        if skipped is not None:
+            reasons[skipped.get("message", "")] += 1
+        failed = case.find("failure") is not None or case.find("error") is not None
+        outcomes["failed" if failed else "passed" if skipped is None else "skipped"] += 1
+    return outcomes, reasons
+
+
+def note_of(stage: Stage, log: Path) -> tuple[bool, list[str]]:
+    """(whether the log or report lets the stage pass, lines for the summary)."""
+    if stage.report is not None and stage.report.is_file():
+        outcomes, reasons = count_tests(stage.report)
+        lines = [", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))]
+        lines += [f"skipped {count}: {reason}" for reason, count in reasons.most_common()]
+        # a run in which everything is skipped has shown nothing
+        return outcomes["passed"] > 0 and not outcomes["failed"], lines
+    wanted = re.compile(r"RED|not run|: failed|left out|no cold times|no plots|ERROR SUMMARY|^visited|: no (graph|eager),")
+    return True, [line.strip() for line in log.read_text(errors="replace").splitlines() if wanted.search(line)]
+
+
+def run_stage(stage: Stage, output: Path, path: Path, seconds: float) -> dict:
+    """Run one stage within `seconds`; its record, which is also written to stages/NAME.json."""
+    log, record = output / "logs" / f"{stage.name}.log", output / "stages" / f"{stage.name}.json"
+    for file in (log, record):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    limit, start = min(stage.limit, seconds), time.monotonic()
+    if stage.left_out:
+        result = {"state": "left out", "notes": [stage.left_out]}
+    elif limit < min(30, stage.limit):
+        result = {"state": "not run", "notes": ["the time was over; run again and it goes on here"]}
+    else:
+        if stage.report is not None:
+            stage.report.unlink(missing_ok=True)
+        paths = os.pathsep.join(filter(None, (str(path), os.environ.get("PYTHONPATH"))))
+        # the folder that a command runs in must not come before those paths: it holds stamina_fast without its kernels
+        settings = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", **stage.environment}
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | settings
+        with log.open("w") as sink:
+            process = subprocess.Popen(
+                stage.command, cwd=ROOT, env=environment, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            code = ended(process, limit)
+        passed, notes = note_of(stage, log)
+        state = f"stopped after {limit:.0f} s" if code is None else "passed" if code == 0 and passed else "failed"
+        if state == "failed" and not notes:
+            notes = log.read_text(errors="replace").splitlines()[-3:]
+        result = {"state": state, "code": code, "notes": notes}
+    result |= {"seconds": round(time.monotonic() - start, 1), "source": code_hash(), "command": list(stage.command)}
+    record.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def passed_before(stage: Stage, output: Path) -> dict | None:
+    """The record of a stage that this very code has passed in this folder."""
+    record = output / "stages" / f"{stage.name}.json"
+    if not record.is_file():
+        return None
+    result = json.loads(record.read_text())
+    return result if result["state"] == "passed" and result["source"] == code_hash() else None
+
+
+def summarize(output: Path, facts: dict, records: dict[str, dict]) -> None:
+    """summary.md: the machine, then each stage with its state, time and notes."""
+    lines = [f"# {facts['device']}, {facts['date'][:10]}", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items() if value is not None]
+    lines += ["", "| stage | state | seconds |", "|---|---|---|"]
+    lines += [f"| {name} | {record['state']} | {record['seconds']:.0f} |" for name, record in records.items()]
+    for name, record in records.items():
+        if record["notes"]:
+            lines += ["", f"**{name}**", "", *(f"- {note}" for note in record["notes"])]
+    (output / "summary.md").write_text("\n".join(lines) + "\n")
+
+
+def everything(output: Path, minutes: float, only: list[str]) -> bool:
+    """Run all stages (those whose name begins with one of `only`) within `minutes`; whether none failed or is missing."""
+    output.mkdir(parents=True, exist_ok=True)
+    end, records, facts = time.monotonic() + 60 * minutes, {}, describe("cuda")
+    (output / "machine.json").write_text(json.dumps(facts, indent=1) + "\n")
+    with checkout() as path:
+        for stage in stages(output):
+            record = passed_before(stage, output)
+            if record is None:
+                if only and not stage.name.startswith(tuple(only)):
+                    continue
+                print(f"{stage.name} …", flush=True)
+                record = run_stage(stage, output, path, end - time.monotonic())
+            records[stage.name] = record
+            print(f"{stage.name}: {record['state']}, {record['seconds']:.0f} s", *record["notes"], sep="\n  ", flush=True)
+            summarize(output, facts, records)
+            if stage.name == "imports" and record["state"] != "passed":
+                break
+    print(f"commit {output}; its summary.md has the rest")
+    return all(record["state"] in ("passed", "left out") for record in records.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=os.environ.get("OUT"), help="default: $OUT, or in bench/results")
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--only", action="append", default=[], help="stages whose name begins so; may be repeated")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("make gpu needs a CUDA device and torch sees none: run it where there is one, with a CUDA build of torch",
+              file=sys.stderr)
+        sys.exit(2)
+    name = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+    output = options.output or ROOT / "bench" / "results" / f"gpu-{name}-{datetime.now(UTC):%Y-%m-%d}"
+    sys.exit(0 if everything(Path(output).resolve(), options.minutes, options.only) else 1)
+
+
+if __name__ == "__main__":
+    main()

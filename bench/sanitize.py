@@ -1,0 +1,44 @@
+"""Every kernel once on small shapes: `compute-sanitizer --tool memcheck python -m stamina_fast.bench.sanitize`.
+
+Ragged on purpose: projections and columns that fill no tile, an empty projection, ranks below and above those of one dot.
+"""
+
+from __future__ import annotations
+
+import torch
+
+import stamina_fast as sf
+
+from .problem import DTYPES, Case, build
+from .shapes import Shape
+
+SHAPES = (Shape("ragged", (7, 70, 0, 3), 40, tokens=5), Shape("two spans", (33, 64), 300, tokens=17))
+
+
+def visit(case: Case, backend: str) -> None:
+    """Forward, backward and fold, with noise, without, and without a mask."""
+    problem = build(case)
+    x = problem.x.requires_grad_()
+    factors = {name: factor.requires_grad_() for name, factor in problem.factors().items()}
+    plain = {name: factors[name] for name in ("a", "b")}
+    for noise, chosen in ((problem.noise, factors), (None, factors), (None, plain)):
+        y = sf.masked_linear(x, problem.weight, **chosen, sizes=problem.sizes, noise=noise, tau=problem.tau, backend=backend)
+        torch.autograd.grad(y, [x, *chosen.values()], problem.grad)
+        detached = {name: factor.detach() for name, factor in chosen.items()}
+        for master in (None, problem.weight.to(torch.float32, copy=True)):
+            sf.fold_(problem.weight.clone(), **detached, sizes=problem.sizes, master=master, backend=backend)
+
+
+def main() -> None:
+    backends = [name for name in ("triton", "cuda") if sf.backends()[name][0]]
+    for backend in backends:
+        for dtype in DTYPES.values():
+            for shape in SHAPES:
+                for rank in (3, 17):
+                    visit(Case(shape, rank=rank, dtype=dtype, device="cuda"), backend)
+    torch.cuda.synchronize()
+    print(f"visited every kernel of {' and '.join(backends)}: {sf.launches()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Training on a real GPU: the fused steps against the reference's, and a fold that leaves a plain model."""
+
+import pytest
+import torch
+
+import stamina_fast as sf
+
+pytest.importorskip("diffusers", reason="training needs diffusers, which is not installed")
+pytest.importorskip("pydantic", reason="training needs pydantic, which is not installed")
+pytest.importorskip("PIL", reason="training needs pillow, which is not installed")
+pytest.importorskip("rich", reason="training needs rich, which is not installed")
+import tinypipes
+from tinyruns import run, write_concepts
+
+OPTIONS = {"steps": 16, "sparsity_weight": 0.1, "forgetting_weight": 100.0, "device": "cuda"}
+
+
+@pytest.fixture(autouse=True)
+def repeatable(monkeypatch):
+    """cuDNN's own freedoms off, so that the two runs differ in our kernels alone."""
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def trained(backend, folder, output, dtype, monkeypatch):
+    """(the losses [tasks, steps], what ran) of two tasks of 16 steps."""
+    monkeypatch.setenv("STAMINA_BACKEND", backend)
+    before = sf.launches()
+    made = run(tinypipes.sd15().to("cuda", dtype), folder, output, **OPTIONS)
+    ran = {name: count - before.get(name, 0) for name, count in sf.launches().items() if count > before.get(name, 0)}
+    return torch.tensor([[row["loss"] for row in made.load_task(task["name"]).curve] for task in made.tasks()]), ran
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 2e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+def test_32_steps_are_those_of_the_reference(dtype, limit, tmp_path, monkeypatch):
+    available, reason = sf.backends()["triton"]
+    if not available:
+        pytest.skip(reason)
+    folder = write_concepts(tmp_path / "two", 2)
+    wanted, _ = trained("reference", folder, tmp_path / "reference", dtype, monkeypatch)
+    losses, ran = trained("triton", folder, tmp_path / "triton", dtype, monkeypatch)
+    assert ran["masked_linear/triton"] >= 32
+    assert ran["fold_/triton"] == 2
+    assert not {"masked_linear/reference", "masked_linear_backward/reference", "fold_/reference"} & ran.keys()
+    assert wanted.shape == (2, 16)
+    assert (losses - wanted).abs().max() <= limit
