@@ -29,15 +29,12 @@ FEWEST_ROUNDS = 5
 
 
 def copies_needed(case: Case, nbytes: int) -> int:
-    """Copies of a problem of `nbytes` that together are three times the L2, at most MOST_COPIES; 1 on a CPU."""
+    """Copies of a problem of `nbytes` that together are three times the L2; 1, and no cold mode, for more than MOST_COPIES."""
     if not case.device.startswith("cuda"):
         return 1
     cache = torch.cuda.get_device_properties(case.device).L2_cache_size
-    return min(MOST_COPIES, max(2, math.ceil(3 * cache / nbytes) + 1))
-
-
-def is_cold(case: Case, nbytes: int, copies: int) -> bool:
-    return copies * nbytes >= 2 * torch.cuda.get_device_properties(case.device).L2_cache_size
+    copies = max(2, math.ceil(3 * cache / nbytes))
+    return copies if copies <= MOST_COPIES else 1
 
 
 def take_turns(samples: dict[str, Callable[[], float]], rounds: int, seconds: float) -> dict[str, list[float]]:
@@ -80,12 +77,11 @@ def event_time(run: Callable[[], None], calls: int) -> float:
     return start.elapsed_time(end) / calls
 
 
-def gpu_sample(arm: Arm, mode: str, pool) -> Callable[[], float]:
+def gpu_sample(arm: Arm, mode: str, stream: torch.cuda.Stream, pool) -> Callable[[], float]:
     """One timed replay or launch of several calls: of all copies in turn where cold, of the first one again where warm.
 
     Raises RuntimeError where the arm cannot be captured.
     """
-    stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in arm.calls:
@@ -103,7 +99,7 @@ def gpu_sample(arm: Arm, mode: str, pool) -> Callable[[], float]:
     run = launch
     if mode.startswith("graph"):
         graph = torch.cuda.CUDAGraph()
-        # no graph's results are read after another's replay, so all share their memory
+        # no graph's results are read after another's replay, so all share their memory, which is a stream's own
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             launch()
         run = graph.replay
@@ -120,9 +116,10 @@ def time_arms(arms: list[Arm], mode: str, rounds: int, seconds: float) -> tuple[
     """({arm: milliseconds}, {arm: why it could not be captured})."""
     samples, refused = {}, {}
     pool = torch.cuda.graph_pool_handle() if mode.startswith("graph") else None
+    stream = torch.cuda.Stream() if mode in GPU_MODES else None
     for arm in arms:
         try:
-            samples[arm.name] = gpu_sample(arm, mode, pool) if mode in GPU_MODES else cpu_sample(arm)
+            samples[arm.name] = cpu_sample(arm) if stream is None else gpu_sample(arm, mode, stream, pool)
         except RuntimeError as error:
             if pool is None:
                 raise

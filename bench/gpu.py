@@ -32,7 +32,6 @@ import torch
 from .machine import ROOT, SOURCES, describe, source_hash
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
-TESTS = ("tests/gpu", "tests/test_kernels.py")
 
 
 def code_hash() -> str:
@@ -55,25 +54,33 @@ def stages(output: Path) -> list[Stage]:
     """What is most wanted comes first, in case the time does not reach."""
     python = sys.executable
     imports = "import stamina_fast as sf, stamina_fast.kernels.masked_linear, stamina_fast.bench.run; print(sf.backends())"
-    report = output / "logs" / "tests.xml"
-    pytest = (python, "-m", "pytest", "-c", "tests/gpu/pytest.ini", "--rootdir", str(ROOT), "--confcutdir", "tests/gpu",
-              f"--junitxml={report}", *TESTS)
+
+    def tests(name: str, path: str, limit: float) -> Stage:
+        report = output / "logs" / f"{name}.xml"
+        settings = ("-c", "tests/gpu/pytest.ini", "--rootdir", str(ROOT), "--confcutdir", "tests/gpu", f"--junitxml={report}")
+        command = (python, "-m", "pytest", *settings, path)
+        return Stage(name, command, limit, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, report)
 
     def bench(plan: str, limit: float) -> Stage:
         suite = (python, "-m", "stamina_fast.bench.suite", plan, "--device", "cuda", "--output", str(output), "--resume")
         return Stage(f"bench-{plan}", (*suite, "--minutes", f"{0.9 * limit / 60:.2f}"), limit)
 
-    def sanitizer(tool: str) -> Stage:
+    def sanitizer(tool: str | None, limit: float) -> Stage:
         missing = "" if shutil.which("compute-sanitizer") else "compute-sanitizer is not on PATH; the CUDA toolkit has it"
-        check = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", python, "-m", "stamina_fast.bench.sanitize")
+        program = (python, "-m", "stamina_fast.bench.sanitize")
+        if tool is None:
+            # by itself first, which compiles the kernels: under a tool that would take far longer
+            return Stage("sanitizer-none", program, limit, left_out=missing)
+        check = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program)
         # without torch's own cache of memory, so that each tensor has bounds that the sanitizer knows
-        return Stage(f"sanitizer-{tool}", check, 90, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, left_out=missing)
+        return Stage(f"sanitizer-{tool}", check, limit, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, left_out=missing)
 
     return [
         Stage("imports", (python, "-c", imports), 90),
-        Stage("tests", pytest, 330, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, report),
-        bench("sd15", 180), bench("sdxl", 210), *(sanitizer(tool) for tool in SANITIZERS),
-        bench("compiled", 240), bench("ranks", 150), bench("dtypes", 100), bench("sd21", 120),
+        tests("tests", "tests/gpu", 400), bench("sd15", 180), sanitizer(None, 150),
+        *(sanitizer(tool, 90) for tool in SANITIZERS),
+        tests("kernel-tests", "tests/test_kernels.py", 240), bench("sdxl", 210), bench("compiled", 240), bench("ranks", 150),
+        bench("dtypes", 100), bench("sd21", 120),
     ]
 
 

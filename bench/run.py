@@ -72,10 +72,9 @@ def measure(case: Case, backends: list[str], compiled: bool, rounds: int, second
     green, verdicts, red = gate(arms, problem)
     modes: Iterable[str] = (clock.CPU_MODE,)
     if case.device.startswith("cuda"):
-        cold = clock.is_cold(case, problem.nbytes(), copies)
-        modes = [mode for mode in clock.GPU_MODES if cold or not mode.endswith("cold")]
-        if not cold:
-            notes.append(f"no cold times: {copies} copies fit into the L2")
+        modes = [mode for mode in clock.GPU_MODES if copies > 1 or not mode.endswith("cold")]
+        if copies == 1:
+            notes.append(f"no cold times: {clock.MOST_COPIES} copies are less than three times the L2")
     result = {"arms": {arm.name: {} for arm in green}, "facts": {}, "red": red, "notes": notes}
     held = clock.memory([arm for arm in green if arm.what == "backward"], case.device)
     for arm in arms:

@@ -32,8 +32,8 @@ class Step:
     dtype: str = "bfloat16"
     compiled: bool = False
     rounds: int = 15
-    seconds: float = 1.0
-    expected: float = 25.0
+    seconds: float = 0.6
+    expected: float = 20.0
 
     @property
     def name(self) -> str:
@@ -50,9 +50,9 @@ PLANS = {
     ),
     "sd15": tuple(Step("sd15", batch) for batch in BATCHES),
     "sd21": tuple(Step("sd21", batch) for batch in BATCHES),
-    "sdxl": tuple(Step("sdxl", batch, expected=40) for batch in BATCHES),
+    "sdxl": tuple(Step("sdxl", batch, expected=30) for batch in BATCHES),
     "ranks": (
-        *(Step("sd15", rank=rank) for rank in (4, 8, 32, 64)), *(Step("sdxl", rank=rank, expected=40) for rank in (4, 64)),
+        *(Step("sd15", rank=rank) for rank in (4, 8, 32, 64)), *(Step("sdxl", rank=rank, expected=30) for rank in (4, 64)),
     ),
     "dtypes": (
         Step("sd15", dtype="float16"), Step("sd15", dtype="float32"), Step("small", dtype="bfloat16"),
