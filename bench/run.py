@@ -144,6 +144,7 @@ def show(result: dict) -> None:
     rates = f"{roofs['copy_bytes_per_s'] / 1e9:.3g} GB/s copied, {roofs['gemm_flop_per_s'] / 1e12:.3g} TFLOP/s multiplied"
     caption = f"measured roofs: {rates}; torch {facts['torch']}, triton {facts['triton']}, {facts['threads']} threads"
     try:
+        from rich import box
         from rich.console import Console
         from rich.table import Table
     except ImportError:
@@ -152,12 +153,15 @@ def show(result: dict) -> None:
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         print(title, *("  ".join(map(str.ljust, line, widths)) for line in lines), caption, sep="\n")
     else:
-        table = Table(title=title, caption=caption)
+        table = Table(title=title, caption=caption, box=box.SIMPLE)
         for heading in HEADINGS:
-            table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
+            table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right", no_wrap=True)
         for row in rows(result):
             table.add_row(*row)
-        Console().print(table)
+        # a log has no width, and a figure that is cut short is no figure
+        console = Console()
+        console.width = max(console.width, 140)
+        console.print(table)
     print(*result["notes"], *result["red"], sep="\n", flush=True)
 
 

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from typer.testing import CliRunner
 
 import stamina_fast as sf
-from stamina_fast.bench import arms as bench_arms, clock, machine, run as bench_run, suite
+from stamina_fast.bench import arms as bench_arms, clock, machine, plots, run as bench_run, suite
 from stamina_fast.bench.problem import DTYPES, TOLERANCES, Case, build, judge, truth
 from stamina_fast.bench.shapes import SHAPES, Shape
 from stamina_fast.cli import app
@@ -203,3 +203,14 @@ def test_a_case_that_fails_does_not_cost_the_others(mini, monkeypatch, tmp_path,
     assert not suite.suite("mini", tmp_path, "cpu", minutes=2, resume=False)
     assert "mini-b1-r2-float32: failed" in capsys.readouterr().out
     assert (tmp_path / "mini-b1-r4-float32.json").is_file()
+
+
+def test_figures_take_the_fuller_of_two_results_of_one_case(tmp_path):
+    def result(batch, arms):
+        machine = {"shape": "mini", "dtype": "float32", "rank": 4, "batch": batch}
+        return {"machine": machine, "roofs": {}, "arms": dict.fromkeys(arms, {})}
+
+    both = {"b1": result(1, "ab"), "b1-compiled": result(1, "abc"), "b2": result(2, "ab"), "b0": result(0, "abc")}
+    for name, value in {**both, "machine": {"device": "a GPU"}}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    assert plots.load(tmp_path) == [both["b0"], both["b1-compiled"], both["b2"]]
