@@ -1,10 +1,11 @@
-"""The gradients of the factors, from one pass that never reads W and never stores dW.
+"""The gradients of the factors, from passes that never read W and never store dW: one for A and B, one for P, Q and c.
 
     dW = Gᵀ X      dA = (M ⊙ dW) Bᵀ      dB = Aᵀ (M ⊙ dW)
     dL = dW ⊙ A B ⊙ s (1 - s) / tau      dP = dL Qᵀ      dQ = Pᵀ dL      dc = Σ dL
 
 A tile of dW lives in registers. A program walks one chunk of rows of one projection over one part of a span of columns; it
-leaves its share of (dA, dP) for the sum over parts and its share of (dB, dQ, dc) for the sum over chunks. Both sums run in a fixed order.
+leaves its share of dA or dP for the sum over parts and its share of (dB or dQ, dc) for the sum over chunks. Both sums run in
+a fixed order.
 """
 
 import torch
@@ -35,11 +36,10 @@ BLOCK_SUM = 1024
 
 
 @triton.jit
-def weight_gradient(
-    g_ptr, x_ptr, rows, mask_n, columns, T, stride_gt, stride_gn, stride_xt, stride_xk, BLOCK_T: tl.constexpr
-):  # fmt: skip
+def weight_gradient(g_ptr, x_ptr, rows, mask_n, columns, T, strides, BLOCK_T: tl.constexpr):
     """dW[n, c] = Σ_t G[t, n] X[t, c] of one sub-tile in fp32 (fp64 for fp64); Gᵀ is loaded transposed."""
     col0, lanes, mask_k = columns
+    stride_gt, stride_gn, stride_xt, stride_xk = strides
     acc = tl.full((rows.shape[0], LANES), 0.0, wide_dtype(x_ptr.dtype.element_ty))
     for t0 in range(0, T, BLOCK_T):
         offs_t = t0 + tl.arange(0, BLOCK_T)
@@ -98,81 +98,78 @@ def add_right(left, parts, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def factors_kernel(
-    left_ptr, right_ptr, g_ptr, x_ptr, a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, seed_ptr, step_ptr, tau_ptr, chunks_ptr,
+    left_ptr, right_ptr, dc_ptr, g_ptr, x_ptr, a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, seed_ptr, step_ptr, tau_ptr, chunks_ptr,
     T, N, k, stride_gt, stride_gn, stride_xt, stride_xk,
     R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_T: tl.constexpr, PRECISION: tl.constexpr, UNIT_TAU: tl.constexpr,
+    BLOCK_T: tl.constexpr, PRECISION: tl.constexpr, OF_GATE: tl.constexpr, UNIT_TAU: tl.constexpr,
 ):  # fmt: skip
-    """left [parts, N, R + S] = (dA | dP) by part; right [chunks, (R + S) k + parts] = (dB | dQ | dc) by chunk.
+    """dA or dP as left [parts, N, RANK] by part, dB or dQ as right [chunks, RANK, k] and dc [chunks, parts] by chunk.
 
-    A program owns a chunk, a part of a span and RANKS ranks of each factor; it makes dW anew for every further RANKS ranks.
-    tau is on the device: of the two variants, the one that tau is not for ends at once.
+    OF_GATE: of P, Q and c, else of A and B; both at once would not fit the registers. A program owns a chunk, a part of a
+    span and RANKS ranks; it makes dW anew for every further RANKS ranks. tau is on the device: of the two variants of the
+    gate's gradients, the one that tau is not for ends at once.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WIDE: tl.constexpr = left_ptr.dtype.element_ty
+    RANK: tl.constexpr = S if OF_GATE else R
     chunk = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     offs_r = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
     rows_of_chunk = chunks_ptr + 3 * chunk
-    row0, row1, group = tl.load(rows_of_chunk), tl.load(rows_of_chunk + 1), tl.load(rows_of_chunk + 2)
-    if p_ptr is not None:
+    row0, row1 = tl.load(rows_of_chunk), tl.load(rows_of_chunk + 1)
+    if OF_GATE:
         tau = tl.load(tau_ptr).to(WIDE)
         if (tau == 1) != UNIT_TAU:
             return
 
-    dbs, dqs = (), ()
+    rights = ()
     for _ in tl.static_range(SUBTILES):
-        dbs += (tl.full((RANKS, LANES), 0.0, WIDE),)
-        dqs += (tl.full((RANKS, LANES), 0.0, WIDE),)
+        rights += (tl.full((RANKS, LANES), 0.0, WIDE),)
     dc = tl.full((BLOCK_N,), 0.0, WIDE)
     for start in range(row0, row1, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
         mask_n = rows < row1
-        a_t = load_left(a_ptr, rows[None, :], mask_n[None, :], offs_r[:, None], R, DTYPE)
-        da = tl.full((BLOCK_N, RANKS), 0.0, WIDE)
-        dp = tl.full((BLOCK_N, RANKS), 0.0, WIDE)
+        # inside the loop, or the addresses that follow from it would stay in registers throughout
+        group = tl.load(rows_of_chunk + 2)
         if p_ptr is not None:
-            words = gate_words(seed_ptr, step_ptr, rows, part, PARTS)
-            a_tiles = left_tiles(a_ptr, rows, mask_n, R, DTYPE)
             p_tiles, bias = gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S, DTYPE)
-            p_t = load_left(p_ptr, rows[None, :], mask_n[None, :], offs_r[:, None], S, DTYPE)
-        new_dbs, new_dqs = (), ()
+            words = gate_words(seed_ptr, step_ptr, rows, part, PARTS)
+        if OF_GATE:
+            a_tiles = left_tiles(a_ptr, rows, mask_n, R, DTYPE)
+        factor_t = load_left(p_ptr if OF_GATE else a_ptr, rows[None, :], mask_n[None, :], offs_r[:, None], RANK, DTYPE)
+        left = tl.full((BLOCK_N, RANKS), 0.0, WIDE)
+        added = ()
         for j in tl.static_range(SUBTILES):
             columns = sub_tile(part, k, j, PARTS)
             col0, lanes, mask_k = columns
-            dw = weight_gradient(g_ptr, x_ptr, rows, mask_n, columns, T, stride_gt, stride_gn, stride_xt, stride_xk, BLOCK_T)
-            ddelta = dw
+            strides = (stride_gt, stride_gn, stride_xt, stride_xk)
+            dw = weight_gradient(g_ptr, x_ptr, rows, mask_n, columns, T, strides, BLOCK_T)
+            d_product = dw
             if p_ptr is not None:
                 product = low_rank(p_tiles, q_ptr, rows, group, columns, k, S, DTYPE)
-                ddelta = tl.where(gate_open(product, bias, words, j), dw, 0.0)
-            ddeltas = pieces(ddelta, DTYPE, PRECISION)
-            b_t = load_right(b_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, R, DTYPE)
-            da = add_left(ddeltas, b_t, da, PRECISION)
-            new_dbs += (add_right(a_t, ddeltas, dbs[j], PRECISION),)
-            if p_ptr is not None:
+            if OF_GATE:
                 dl = dw * low_rank(a_tiles, b_ptr, rows, group, columns, k, R, DTYPE)
                 dl *= gate_slope(product, bias, words, tau, j, UNIT_TAU)
                 dc += tl.sum(dl, 1)
-                dls = pieces(dl, DTYPE, PRECISION)
-                q_t = load_right(q_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, S, DTYPE)
-                dp = add_left(dls, q_t, dp, PRECISION)
-                new_dqs += (add_right(p_t, dls, dqs[j], PRECISION),)
-        dbs = new_dbs
-        left = left_ptr + (part.to(tl.int64) * N + rows[:, None]) * (R + S) + offs_r[None, :]
-        tl.store(left, da, mask_n[:, None] & (offs_r < R)[None, :])
-        if p_ptr is not None:
-            dqs = new_dqs
-            tl.store(left + R, dp, mask_n[:, None] & (offs_r < S)[None, :])
+                d_product = dl
+            elif p_ptr is not None:
+                ddelta = tl.where(gate_open(product, bias, words, j), dw, 0.0)
+                d_product = ddelta
+            cut = pieces(d_product, DTYPE, PRECISION)
+            other_ptr = q_ptr if OF_GATE else b_ptr
+            factor = load_right(other_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, RANK, DTYPE)
+            left = add_left(cut, factor, left, PRECISION)
+            added += (add_right(factor_t, cut, rights[j], PRECISION),)
+        rights = added
+        to = left_ptr + (part.to(tl.int64) * N + rows[:, None]) * RANK + offs_r[None, :]
+        tl.store(to, left, mask_n[:, None] & (offs_r < RANK)[None, :])
 
-    right = right_ptr + chunk * ((R + S) * k + tl.num_programs(1))
     for j in tl.static_range(SUBTILES):
         col0, lanes, mask_k = sub_tile(part, k, j, PARTS)
-        db = right + col0 + offs_r.to(tl.int64)[:, None] * k + lanes[None, :]
-        tl.store(db, dbs[j], (offs_r < R)[:, None] & mask_k[None, :])
-        if p_ptr is not None:
-            tl.store(db + R * k, dqs[j], (offs_r < S)[:, None] & mask_k[None, :])
-    if p_ptr is not None and tl.program_id(2) == 0:
-        tl.store(right + (R + S) * k + part, tl.sum(dc, 0))
+        to = right_ptr + chunk * RANK * k + col0 + offs_r.to(tl.int64)[:, None] * k + lanes[None, :]
+        tl.store(to, rights[j], (offs_r < RANK)[:, None] & mask_k[None, :])
+    if OF_GATE and tl.program_id(2) == 0:
+        tl.store(dc_ptr + chunk * tl.num_programs(1) + part, tl.sum(dc, 0))
 
 
 @triton.jit
@@ -205,24 +202,31 @@ def backward_factors(grad, x, a, b, p, q, gate_bias, sizes, seed, step, tau):
     (tokens, k), rows = x.shape, grad.shape[1]
     a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
     r, s = a.shape[1], 0 if p is None else p.shape[1]
-    config = choose("factors", tokens, x.dtype, capability(x.device))
+    # both variants of tau cut a span into the same parts
+    columns = choose("factors", tokens, x.dtype, capability(x.device)).columns
     chunks, ranges = (table(sizes, CHUNK_N, x.device) for table in (row_tiles, tile_ranges))
-    parts = triton.cdiv(k, config.columns)
-    dtype, both, groups = wide(x.dtype), (r + s) * k, len(sizes)
-    left = torch.empty((parts, rows, r + s), dtype=dtype, device=x.device)
-    right = torch.empty((len(chunks), both + parts), dtype=dtype, device=x.device)
-    with on_device(x):
-        for unit_tau in (True, False)[: 1 if p is None else 2] if len(chunks) and parts else ():
-            factors_kernel[(len(chunks), parts, max(1, triton.cdiv(max(r, s), RANKS.value)))](
-                left, right, grad, x, a, b, p, q, gate_bias, *((None, None) if p is None else (seed, step)), tau, chunks,
+    parts, groups = triton.cdiv(k, columns), len(sizes)
+
+    def gradients(rank: int, of_gate: bool) -> tuple[Tensor, Tensor, Tensor]:
+        left = torch.empty((parts, rows, rank), dtype=wide(x.dtype), device=x.device)
+        right, dc = left.new_empty((len(chunks), rank * k)), left.new_empty((len(chunks), parts))
+        for unit_tau in (True, False) if of_gate else (True,):
+            config = choose("factors" if unit_tau else "tau factors", tokens, x.dtype, capability(x.device))
+            factors_kernel[(len(chunks), parts, max(1, triton.cdiv(rank, RANKS.value)))](
+                left, right, dc, grad, x, a, b, p, q, gate_bias, *((None, None) if p is None else (seed, step)), tau, chunks,
                 T=tokens, N=rows, k=k, stride_gt=grad.stride(0), stride_gn=grad.stride(1),
                 stride_xt=x.stride(0), stride_xk=x.stride(1),
                 R=r, S=s, BLOCK_N=config.block_n, SUBTILES=sub_tiles(k, config), PARTS=config.parts, BLOCK_T=config.block_t,
-                PRECISION=config.precision, UNIT_TAU=unit_tau, **config.launch(),
+                PRECISION=config.precision, OF_GATE=of_gate, UNIT_TAU=unit_tau, **config.launch(),
             )  # fmt: skip
-        db = _sum_chunks(right[:, : r * k], ranges, (groups, r, k))
+        return left.sum(0), _sum_chunks(right, ranges, (groups, rank, k)), dc
+
+    with on_device(x):
+        if len(chunks) == 0 or parts == 0:
+            zeros = tuple(None if f is None else torch.zeros_like(f, dtype=wide(x.dtype)) for f in (a, b, p, q))
+            return *zeros, None if p is None else zeros[0].new_zeros(groups)
+        da, db, _ = gradients(r, False)
         if p is None:
-            return left.sum(0), db, None, None, None
-        dq = _sum_chunks(right[:, r * k : both], ranges, (groups, s, k))
-        dc = _sum_chunks(right[:, both:], ranges, (groups, parts)).sum(1)
-    return left[..., :r].sum(0), db, left[..., r:].sum(0), dq, dc
+            return da, db, None, None, None
+        dp, dq, dc = gradients(s, True)
+        return da, db, dp, dq, _sum_chunks(dc, ranges, (groups, parts)).sum(1)

@@ -59,5 +59,6 @@ def fold_(weight, a, b, p, q, gate_bias, sizes, master) -> None:
         fold_kernel[(len(tiles), triton.cdiv(k, SPAN.value))](
             weight, master, a, b, p, q, gate_bias, tiles,
             k=k, stride_wn=weight.stride(0), stride_wk=weight.stride(1), stride_mn=stride_mn, stride_mk=stride_mk,
-            R=a.shape[1], S=0 if p is None else p.shape[1], BLOCK_N=config.block_n, SUBTILES=sub_tiles(k, config), **config.launch(),
+            R=a.shape[1], S=0 if p is None else p.shape[1],
+            BLOCK_N=config.block_n, SUBTILES=sub_tiles(k, config), **config.launch(),
         )  # fmt: skip

@@ -64,7 +64,7 @@ def input_kernel(
     R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, BLOCK_T: tl.constexpr,
     PARTS: tl.constexpr, PER_SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """dX[split, t, c] = Σ_n G[t, n] (W + M ⊙ A B)[n, c] over PER_SPLIT row tiles; a program owns BLOCK_T tokens, a part of a span."""
+    """dX[split, t, c] = Σ_n G[t, n] (W + M ⊙ A B)[n, c] over PER_SPLIT row tiles; a program owns BLOCK_T tokens and a part."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     WIDE: tl.constexpr = wide_dtype(DTYPE)
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -153,7 +153,7 @@ def backward_input(grad, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Te
             T=tokens, k=k, tiles=len(tiles), stride_gt=grad.stride(0), stride_gn=grad.stride(1),
             stride_wn=weight.stride(0), stride_wk=weight.stride(1),
             R=a.shape[1], S=0 if p is None else p.shape[1],
-            BLOCK_N=config.block_n, SUBTILES=sub_tiles(k, config), PARTS=config.parts, BLOCK_T=config.block_t, PER_SPLIT=per_split,
-            **config.launch(),
+            BLOCK_N=config.block_n, SUBTILES=sub_tiles(k, config), BLOCK_T=config.block_t, PARTS=config.parts,
+            PER_SPLIT=per_split, **config.launch(),
         )  # fmt: skip
     return dx[0] if splits == 1 else dx.sum(0).to(grad.dtype)

@@ -160,7 +160,7 @@ def gate_slope(product, bias, words, tau, J: tl.constexpr, UNIT_TAU: tl.constexp
         inverse *= inverse
         slope = (u * inverse) * (v * inverse)
     else:
-        z = (product + bias) * LOG2E + (tl.log2(u) - tl.log2(1 - u))
+        z = (product + bias) * LOG2E + tl.log2(u / (1 - u))
         e = tl.exp2(-tl.abs(z) * (1 / tau))
         inverse = tl.rsqrt(1 + e)
         inverse *= inverse

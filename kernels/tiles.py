@@ -15,7 +15,7 @@ from stamina_fast.kernels.philox import LANES, SPAN
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut: rows and tokens of a tile, programs a span, warps, stages, precision of dots with an fp32 operand."""
+    """How a kernel is cut: rows and tokens of a tile, parts of a span, warps, stages, precision of fp32 operands."""
 
     block_n: int
     block_t: int
@@ -35,7 +35,7 @@ class Config:
 
     @property
     def columns(self) -> int:
-        """Columns a program owns of a span."""
+        """Columns of a part."""
         return SPAN.value // self.parts
 
     def launch(self) -> dict:
@@ -45,6 +45,11 @@ class Config:
 
 # before 3.8, Triton gives each dot of a kernel its own tensor memory on Blackwell, more than there is
 SHARES_TENSOR_MEMORY = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 8)
+
+
+# {kernel: (tokens of a tile, parts of a span)}: the largest that compile without spills, or with fewest; see the compile report
+LARGE = {"forward": (128, 1), "input": (64, 4), "factors": (32, 2), "tau factors": (16, 2), "fold": (16, 1)}
+SMALL = {"forward": (64, 1), "input": (32, 4), "factors": (32, 4), "tau factors": (16, 4), "fold": (16, 1)}
 
 
 def interpreted() -> bool:
@@ -61,7 +66,7 @@ def capability(device: torch.device) -> int:
 
 
 def choose(kernel: str, tokens: int, dtype: torch.dtype, gpu: int) -> Config:
-    """One safe configuration for `kernel` ("forward", "input", "factors" or "fold") on a GPU of this `capability`.
+    """One safe configuration for `kernel`, a name in `LARGE`, on a GPU of this `capability`; unknown ones take the small tiles.
 
     The rows of a tile depend on the dtype alone, so that all kernels make the logits by the same dot. Types without exact
     tensor-core products (fp32, fp64) take small tiles. Where fp32 meets a half-precision factor, NVIDIA's tensor cores do
@@ -77,13 +82,13 @@ def choose(kernel: str, tokens: int, dtype: torch.dtype, gpu: int) -> Config:
     if gpu // 10 in (10, 11) and not SHARES_TENSOR_MEMORY:
         # two warps are too few for the instructions that need tensor memory
         return Config(block_n=64, block_t=min(32, tokens), num_warps=2, precision=precision)
-    num_warps = 8 if kernel == "input" else 4
-    parts = 2 if kernel in ("input", "factors") else 1
-    return Config(block_n=64, block_t=min(64, tokens), num_warps=num_warps, precision=precision, parts=parts)
+    # tensor cores of Hopper and of Blackwell's data-centre parts take operands from memory; the others need more registers
+    block_t, parts = (LARGE if gpu // 10 in (9, 10, 11) else SMALL)[kernel]
+    return Config(block_n=64, block_t=min(block_t, tokens), num_warps=4, precision=precision, parts=parts)
 
 
 def sub_tiles(k: int, config: Config) -> int:
-    """Sub-tiles of 32 columns in the columns a program owns that a matrix of k columns can fill."""
+    """Sub-tiles of 32 columns in a part that a matrix of k columns can fill."""
     return -(-min(k, config.columns) // LANES.value)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stamina_fast import reference
-from stamina_fast.kernels import factors, fold, masked_linear, tiles
+from stamina_fast.kernels import factors, fold, masked_linear, rebuild, tiles
 from stamina_fast.kernels.philox import ROUNDS, gate_open, gate_slope
 from stamina_fast.noise import GateNoise, halves
 
@@ -82,7 +83,7 @@ SHAPES = [
     (1, 1, (1,), 1, 1),
     (5, 40, (7, 70, 0, 3), 3, 5),
     (17, 259, (2, 33), 2, 1),
-    (16, 64, (64, 65), 17, 33),
+    (16, 64, (64, 65), 17, 80),
 ]
 
 
@@ -100,6 +101,19 @@ def test_configurations_of_the_gpu(tokens, dtype, monkeypatch):
     monkeypatch.setattr(tiles, "interpreted", lambda: False)
     arguments = problem(tokens, 40, (7, 66), 3, 5, dtype)
     assert_close(run(*arguments, (7, 66)), specified(*arguments, (7, 66)), dtype)
+
+
+@pytest.mark.parametrize(("gpu", "precision"), [(80, "tf32"), (90, "tf32"), (90, "split")])
+def test_products_in_pieces(gpu, precision, monkeypatch):
+    """Gradients cut into TF32 or 8-bit pieces for tensor cores keep fp32's digits, in the tiles of both kinds of GPU."""
+    monkeypatch.setattr(tiles, "interpreted", lambda: False)
+    monkeypatch.setattr(factors, "choose", lambda *a: replace(tiles.choose(*a[:3], gpu), precision=precision))
+    arguments = problem(20, 140, (7, 66), 3, 5, torch.float16)
+    for tau in (0.7, 1.0):
+        got, wanted = (call(*arguments, (7, 66), tau=tau) for call in (run, specified))
+        # c is no factor of a product: its gradient is a sum of both signs, which loses digits in any order
+        torch.testing.assert_close(got[-1].double(), wanted[-1], rtol=1e-5, atol=0)
+        assert_close((*got[:-1], None), (*wanted[:-1], None), torch.float16)
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="float64 is for the interpreter: the GPU backend refuses it")
@@ -333,6 +347,21 @@ def test_fold_keeps_negative_zero():
     assert torch.signbit(weight).all()
 
 
+def test_rebuild():
+    """Three tasks, one of other ranks, in two launches; each sum in fp32, so that the bits are those of the specification."""
+    sizes, dtype = (7, 70, 0), torch.float16
+    base = problem(1, 300, sizes, 3, 5, dtype)[2]
+    # small integers in A and B make every product exact
+    drawn = [problem(1, 300, sizes, r, 5, dtype, seed=r)[3:] for r in (3, 3, 4)]
+    tasks = [[t.round() if i < 2 else t for i, t in enumerate(task)] for task in drawn]
+    weight, master = torch.full_like(base, float("nan")), torch.full_like(base, float("nan"), dtype=torch.float32)
+    expected, expected_master = torch.empty_like(base), torch.empty_like(master)
+    reference.rebuild_(expected, base, tasks, sizes=sizes, master=expected_master)
+    rebuild.rebuild_(weight, base, tasks, sizes, master)
+    assert torch.equal(weight, expected)
+    assert torch.equal(master, expected_master)
+
+
 def test_every_element_is_written(monkeypatch):
     """Buffers that start as NaN end without one."""
     plain = torch.empty
@@ -401,3 +430,5 @@ def test_row_tiles_never_cross():
 def test_config_is_validated():
     with pytest.raises(ValueError, match="block_n must be a power of two of at least 16, got 48"):
         tiles.Config(block_n=48, block_t=16, num_warps=4, precision="ieee")
+    with pytest.raises(ValueError, match="parts must be 1, 2 or 4, since each takes whole noise words, got 8"):
+        tiles.Config(block_n=64, block_t=16, num_warps=4, precision="ieee", parts=8)
