@@ -208,7 +208,7 @@ def test_a_case_that_fails_does_not_cost_the_others(mini, monkeypatch, tmp_path,
 def test_figures_take_the_fuller_of_two_results_of_one_case(tmp_path):
     def result(batch, arms):
         machine = {"shape": "mini", "dtype": "float32", "rank": 4, "batch": batch}
-        return {"machine": machine, "roofs": {}, "arms": dict.fromkeys(arms, {})}
+        return {"machine": machine, "roofs": {}, "arms": {name: {} for name in arms}}
 
     both = {"b1": result(1, "ab"), "b1-compiled": result(1, "abc"), "b2": result(2, "ab"), "b0": result(0, "abc")}
     for name, value in {**both, "machine": {"device": "a GPU"}}.items():
