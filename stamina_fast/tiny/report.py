@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -43,13 +42,18 @@ def sample_sheet(folder: Path, guidance: float, steps: int, columns: int = 6, zo
     return sheet
 
 
-def curve(log: Path, output: Path) -> None:
+def read_log(path: Path) -> list[dict]:
+    """The rows in the order of their steps; where a run went on from a checkpoint, those of its last time there."""
+    rows = {row["step"]: row for row in map(json.loads, path.read_text().splitlines())}
+    return [rows[step] for step in sorted(rows)]
+
+
+def curve(rows: list[dict], output: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     axes.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#2a6f97")
     axes.set(xlabel="step", ylabel="loss (v-prediction, mean square)", yscale="log", title="Pre-training of the small model")
@@ -65,8 +69,9 @@ def main() -> None:
     parser.add_argument("--sampling-steps", type=int, default=25)
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    shutil.copy(arguments.work / "denoiser.jsonl", arguments.output / "curve.jsonl")
-    curve(arguments.work / "denoiser.jsonl", arguments.output / "curve.png")
+    rows = read_log(arguments.work / "denoiser.jsonl")
+    (arguments.output / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    curve(rows, arguments.output / "curve.png")
     sample_sheet(arguments.work / "model", arguments.guidance, arguments.sampling_steps).save(arguments.output / "samples.png")
 
 
