@@ -208,3 +208,19 @@ def test_importing_the_package_does_not_import_diffusers():
     program = "import sys, stamina_fast; print(sorted({'diffusers', 'transformers', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_operators_need_torch_alone():
+    """A machine that only times or tests kernels has no picture library and no command line."""
+    program = (
+        "import sys; sys.modules |= dict.fromkeys(('PIL', 'pydantic', 'rich', 'typer', 'yaml', 'diffusers', 'transformers'));"
+        "import torch, stamina_fast as sf;"
+        "sf.masked_linear(torch.ones(1, 2), torch.ones(3, 2), torch.ones(3, 1), torch.ones(1, 1, 2))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["attach", "train"])
+def test_a_module_does_not_hide_the_function_of_its_name(name):
+    program = f"import stamina_fast as sf, stamina_fast.{name}; assert callable(sf.{name})"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
