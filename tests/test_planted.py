@@ -1,0 +1,145 @@
+"""The kernels' tests have teeth: each of these bugs, planted in a copy of the kernels, makes one of them fail.
+
+A bug is a file, what stands there, and what is planted instead. The tests are those of test_kernels.py, run against the copy.
+"""
+
+import importlib
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import test_kernels
+import torch
+
+import stamina_fast.kernels
+
+KERNELS = Path(next(iter(stamina_fast.kernels.__path__)))
+MODULES = ("philox", "tiles", "masked_linear", "factors", "fold", "rebuild")
+
+PLANTED = {
+    # the stream
+    "the halves of a word change places": ("philox", "half = (word >> 16) if J % 2", "half = (word >> 16) if J % 2 == 0"),
+    "every span draws the noise of the first": ("philox", "+ part // PARTS * LANES", "+ 0 * part"),
+    "rows repeat their noise": ("philox", "rows.to(tl.uint32)[:, None], step", "(rows % 64).to(tl.uint32)[:, None], step"),
+    "the upper half of the step is lost": ("philox", "(step >> 32).to", "(step >> 63).to"),
+    "another number of rounds": ("philox", "ROUNDS = tl.constexpr(7)", "ROUNDS = tl.constexpr(8)"),
+    "u can be 0": ("philox", "(128 - 2**-17)", "128.0"),
+    # the gate
+    "the deterministic gate is upside down": ("philox", "is_open = product > -bias", "is_open = product < -bias"),
+    "the deterministic gate forgets c": ("philox", "is_open = product > -bias", "is_open = product > 0 * bias"),
+    "c has the wrong sign": ("philox", "bias * -LOG2E", "bias * LOG2E"),
+    "the odds are taken for their inverse": ("philox", "is_open = u > odds_against", "is_open = u < odds_against"),
+    "exp2 without its factor": ("philox", "scale = tl.full(product.shape, -LOG2E", "scale = tl.full(product.shape, -1.0"),
+    "what is masked is kept": ("philox", "delta = tl.where(gate_open(product, bias, words, J), delta, 0.0)",
+                               "delta = tl.where(gate_open(product, bias, words, J), 0.0, delta)"),
+    "the slope is s squared": ("philox", "slope = (u * inverse) * (v * inverse)", "slope = (u * inverse) * (u * inverse)"),
+    "the slope forgets 1 / tau": ("philox", "(inverse * (1 / tau))", "inverse"),
+    "the slope forgets the noise": ("philox", "+ tl.log2(u / (1 - u))", ""),
+    "only the first ranks count": ("philox", "for r0 in tl.static_range(0, RANK, STEP)",
+                                   "for r0 in tl.static_range(0, STEP, STEP)"),
+    # tiles
+    "a tile runs into the next projection": ("tiles", "min(row + block, stop)", "min(row + block, sum(sizes))"),
+    "the last columns belong to nobody": ("tiles", "return -(-min(k, config.columns) // LANES.value)",
+                                          "return max(1, min(k, config.columns) // LANES.value)"),
+    # the forward and dx
+    "the forward leaves the residual out": ("masked_linear", "tl.dot(delta.to(DTYPE), x, acc,",
+                                            "tl.dot(delta.to(DTYPE), 0 * x, acc,"),
+    "the forward draws one span's noise for all": ("masked_linear", "gate_words(seed_ptr, step_ptr, rows, span)",
+                                                   "gate_words(seed_ptr, step_ptr, rows, 0 * span)"),
+    "y is written with the wrong stride": ("masked_linear", "y_ptr + offs_t[None, :] * N", "y_ptr + offs_t[None, :] * (N - 1)"),
+    "dx skips a row tile": ("masked_linear", "range(split * PER_SPLIT, tl.minimum", "range(split * PER_SPLIT + 1, tl.minimum"),
+    "dx leaves the residual out": ("masked_linear", "tl.dot(g, delta.to(DTYPE), acc,", "tl.dot(g, 0 * delta.to(DTYPE), acc,"),
+    "the splits of dx overwrite each other": ("masked_linear", "dx_ptr + split * T * k", "dx_ptr + 0 * split"),
+    # the gradients of the factors
+    "the last token is not counted": ("factors", "mask_t = offs_t < T", "mask_t = offs_t < T - 1"),
+    "dA and dB take every entry of dW": ("factors", "ddelta = tl.where(gate_open(product, bias, words, j), dw, 0.0)",
+                                         "ddelta = dw"),
+    "dL takes only the open entries": ("factors", "dl = dw * low_rank(",
+                                       "dl = tl.where(gate_open(product, bias, words, j), dw, 0.0) * low_rank("),
+    "dL forgets A B": ("factors", "dl = dw * low_rank(a_tiles, b_ptr, rows, group, columns, k, R, DTYPE)", "dl = dw + 0"),
+    "dL forgets the slope": ("factors", "dl *= gate_slope", "dl += 0 * gate_slope"),
+    "dc keeps the last sub-tile alone": ("factors", "dc += tl.sum(dl, 1)", "dc = tl.sum(dl, 1)"),
+    "dB and dQ keep the last rows alone": ("factors", "add_right(factor_t, cut, rights[j], PRECISION)",
+                                           "add_right(factor_t, cut, 0 * rights[j], PRECISION)"),
+    "the parts of dA overwrite each other": ("factors", "(part.to(tl.int64) * N + rows", "(0 * part.to(tl.int64) + rows"),
+    "the sum leaves the last chunk out": ("factors", "tl.load(ranges_ptr + 2 * group + 1))",
+                                          "tl.load(ranges_ptr + 2 * group + 1) - 1)"),
+    "the rest of a split tile is dropped": ("factors", "parts = (head, rest)", "parts = (head, 0 * rest)"),
+    # the fold and the rebuild
+    "the fold makes 0.0 of -0.0": ("fold", "tl.where(delta != 0, before + delta, before)", "before + delta"),
+    "the fold rounds before it adds": ("fold", "before + delta, before)", "before + delta.to(DTYPE), before)"),
+    "the fold leaves the master as it was": ("fold", "tl.store(master, total, mask)", "tl.store(master, before, mask)"),
+    "the rebuild leaves the first task out": ("rebuild", "for task in range(tasks)", "for task in range(1, tasks)"),
+    "the rebuild rounds after each task": ("rebuild", "tl.where(delta != 0, total + delta, total)",
+                                           "tl.where(delta != 0, total + delta, total).to(DTYPE).to(WIDE)"),
+}
+
+
+
+def with_patches(test, *arguments):
+    """Run a test that takes pytest's monkeypatch last."""
+    with pytest.MonkeyPatch.context() as patch:
+        test(*arguments, patch)
+
+
+# cheap ones that see much come first
+TESTS = (
+    lambda: test_kernels.test_fold(torch.float16, True),
+    lambda: test_kernels.test_fold(torch.float32, False),
+    lambda: test_kernels.test_equals_reference(test_kernels.SHAPES[1], torch.float32),
+    lambda: test_kernels.test_equals_reference(test_kernels.SHAPES[2], torch.float32),
+    lambda: test_kernels.test_variants("no noise"),
+    lambda: [test_kernels.test_gate_at_extremes(tau) for tau in (0.1, 1.0, 10.0)],
+    test_kernels.test_fold_keeps_negative_zero,
+    test_kernels.test_rebuild,
+    lambda: test_kernels.test_equals_reference(test_kernels.SHAPES[3], torch.float32),
+    lambda: with_patches(test_kernels.test_products_in_pieces, 80, "tf32"),
+)
+
+
+@pytest.fixture
+def copy(tmp_path, monkeypatch):
+    """A function that gives the tests a copy of the kernels with a text replaced."""
+
+    def plant(module, old, new):
+        package = f"planted_{tmp_path.name}"
+        folder = tmp_path / package
+        shutil.copytree(KERNELS, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        for path in folder.glob("*.py"):
+            text = path.read_text()
+            if path.stem == module:
+                assert text.count(old), f"{path.name} no longer says {old!r}"
+                text = text.replace(old, new)
+            path.write_text(text.replace("stamina_fast.kernels", package))
+        monkeypatch.syspath_prepend(tmp_path)
+        for name in MODULES:
+            made = importlib.import_module(f"{package}.{name}")
+            if hasattr(test_kernels, name):
+                monkeypatch.setattr(test_kernels, name, made)
+        philox = sys.modules[f"{package}.philox"]
+        for name in ("ROUNDS", "gate_open", "gate_slope"):
+            monkeypatch.setattr(test_kernels, name, getattr(philox, name))
+
+    return plant
+
+
+def test_an_unchanged_copy_passes(copy):
+    copy("philox", "SPAN", "SPAN")
+    for test in TESTS:
+        test()
+
+
+@pytest.mark.parametrize("bug", PLANTED)
+def test_is_caught(bug, copy):
+    copy(*PLANTED[bug])
+    for test in TESTS:
+        try:
+            test()
+        except AssertionError:
+            return
+    pytest.fail(f"no test sees that {bug}")
+
+
+def test_there_are_thirty():
+    assert len(PLANTED) >= 30
