@@ -31,7 +31,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from stamina_fast.kernels import factors, fold, masked_linear
+from stamina_fast.kernels import factors, fold, masked_linear, rebuild
 from stamina_fast.kernels.tiles import choose
 
 OUTPUT = Path(__file__).parent / "results" / "compile_report"
@@ -44,7 +44,12 @@ KERNELS = {
     "gate factors": factors.factors_kernel,
     "tau factors": factors.factors_kernel,
     "fold": fold.fold_kernel,
+    "rebuild": rebuild.rebuild_kernel,
 }
+# the name that a kernel's configuration has, where it is another
+CONFIGURED = {"gate factors": "factors", "rebuild": "fold"}
+# kernels without tokens
+FOLDS = ("fold", "rebuild")
 ARCHITECTURES = (80, 89, 90, 100, 120)
 RANKS = ((16, 16), (4, 64))
 # the stack of SD 1.5 at batch 1 and 4
@@ -52,7 +57,7 @@ TOKENS = (77, 308)
 
 # issue slots and special functions a weight
 FORWARD, BACKWARD = (12.0, 1.0), (22.0, 2.0)
-BUDGET = {kernel: FORWARD if kernel in ("forward", "fold") else BACKWARD for kernel in KERNELS}
+BUDGET = {kernel: FORWARD if kernel in ("forward", *FOLDS) else BACKWARD for kernel in KERNELS}
 # Blackwell's data-centre parts have instructions of their own, which Triton takes where a tile suits them
 TENSOR_CORES = {90: ("HGMMA",), 100: ("UTCHMMA", "UTCQMMA", "HMMA")}
 SPECIAL = re.compile(r"MUFU|I2F|F2I")
@@ -79,18 +84,20 @@ EXCESSES = (
     Excess("forward", GATE, 28.0),
     Excess("forward", "the operands of HMMA stand in registers", 28.0, stack=80, architectures=(80, 89, 120)),
     Excess("fold", "half of it is the load and the store of W", 22.0),
+    Excess("rebuild", "as the fold, and the addresses of a task's factors", 34.0, ranks=((16, 16),)),
+    Excess("rebuild", "the same, with four dots for a gate of rank 64", 60.0, ranks=((4, 64),)),
     Excess("input", "four parts of a span: each makes the noise words of the whole span", 50.0),
     Excess("factors", PIECES, 80.0),
     Excess("gate factors", PIECES, 95.0),
     Excess("tau factors", "a logarithm without its own instruction; only where tau != 1", 130.0, 4.0, stack=64),
 )
 
-IN_DTYPE = ("y_ptr", "x_ptr", "w_ptr", "g_ptr")
-INT64 = ("seed_ptr", "step_ptr", "tiles_ptr", "chunks_ptr")
+IN_DTYPE = ("y_ptr", "x_ptr", "w_ptr", "g_ptr", "before_ptr")
+INT64 = ("seed_ptr", "step_ptr", "tiles_ptr", "chunks_ptr", "table_ptr")
 # innermost strides of contiguous tensors, which the launch makes constants
-UNIT_STRIDES = ("stride_xk", "stride_wk", "stride_gn", "stride_mk")
+UNIT_STRIDES = ("stride_xk", "stride_wk", "stride_gn", "stride_mk", "stride_bk")
 # arguments that a launch does not find divisible by 16
-ODD = ("T", "tiles")
+ODD = ("T", "tiles", "tasks")
 
 
 @dataclass(frozen=True)
@@ -105,10 +112,10 @@ class Case:
     tokens: int = 77
 
     def compile(self):
-        config = choose(self.kernel.removeprefix("gate "), self.tokens, DTYPES[self.dtype], self.arch)
+        config = choose(CONFIGURED.get(self.kernel, self.kernel), self.tokens, DTYPES[self.dtype], self.arch)
         kernel = KERNELS[self.kernel]
         sizes = {"R": self.r, "S": self.s, "BLOCK_N": config.block_n, "BLOCK_T": config.block_t, "SUBTILES": 8 // config.parts}
-        sizes |= {"PARTS": config.parts}
+        sizes |= {"PARTS": config.parts, "BIAS": True, "ALIGNED": True}
         gate = self.kernel in ("gate factors", "tau factors")
         constants = sizes | {"PRECISION": config.precision, "PER_SPLIT": 10, "OF_GATE": gate}
         constants |= {"UNIT_TAU": self.kernel != "tau factors"} | dict.fromkeys(UNIT_STRIDES, 1)
@@ -242,9 +249,9 @@ def faults(row: dict) -> list[str]:
 
 
 def cases(kernels, architectures, dtypes, ranks, tokens) -> list[Case]:
-    """Every case of a product; the fold has no tokens, and batches are told apart at the main ranks only."""
+    """Every case of a product; folds have no tokens, and batches are told apart at the main ranks only."""
     every = (Case(k, a, d, r, s, t) for a, k, d, (r, s), t in product(architectures, kernels, dtypes, ranks, tokens))
-    first = {k: tokens[:1] if k == "fold" else tokens for k in kernels}
+    first = {k: tokens[:1] if k in FOLDS else tokens for k in kernels}
     return [c for c in every if c.tokens == tokens[0] or (c.tokens in first[c.kernel] and (c.r, c.s) == ranks[0])]
 
 

@@ -70,7 +70,7 @@ def choose(kernel: str, tokens: int, dtype: torch.dtype, gpu: int) -> Config:
 
     The rows of a tile depend on the dtype alone, so that all kernels make the logits by the same dot. Types without exact
     tensor-core products (fp32, fp64) take small tiles. Where fp32 meets a half-precision factor, NVIDIA's tensor cores do
-    three TF32 products (error near fp32's own); other makers have only the plain fp32 dot. The interpreter takes large
+    two TF32 or three bf16 products that lose nothing; other makers have only the plain fp32 dot. The interpreter takes large
     tiles, since its time is per operation.
     """
     tokens = 1 << max(4, (tokens - 1).bit_length())
