@@ -69,7 +69,8 @@ def test_the_demo_leaves_a_run_to_look_at_and_says_what_it_learned(tmp_path, lit
                     "tasks/02-rocket/grid.png"):
         assert Image.open(run / picture).size > (300, 100), picture
     said = capsys.readouterr().out
-    for word in ("A_mmd", "F_mmd", "P_mmd", "guidance 1", "guidance 3", "Learned 2 concepts", "plots/overview.png"):
+    guidance = (f"guidance {g:g}" for g in demo.GUIDANCE)
+    for word in ("A_mmd", "F_mmd", "P_mmd", *guidance, "Learned 2 concepts", "plots/overview.png"):
         assert word in said, word
     for task in metrics["tasks"]:
         assert f"{task['name']} {task['seconds']:.0f} s" in said
