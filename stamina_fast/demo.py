@@ -56,8 +56,8 @@ class Plan:
 
 # the pictures are crops and mirror images already, and are taken as they are
 PICTURES = {"crops": 8, "crop_scale": 1.0, "flip": False}
-# the weight of the penalty on changing again what earlier concepts changed is a compromise: without it the last concept takes
-# over the others, and at ten times the weight those after the first are learned less well
+# the weight of the penalty on changing again what earlier concepts changed is a compromise between keeping the earlier concepts
+# and learning the later ones
 FULL = Plan({"method": "c-stamina", "steps": 450, "batch": 8, "learning_rate": 3e-3, "token_learning_rate": 5e-3,
              "lr_schedule": "cosine", "warmup": 10, "density": 0.5, "forgetting_weight": 0.1} | PICTURES,
             samples=16, sampler_steps=20)
