@@ -28,10 +28,11 @@ from pathlib import Path
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from stamina_fast.kernels import factors, fold, masked_linear, rebuild
+from stamina_fast.kernels import factors, fold, masked_linear, penalties, rebuild
 from stamina_fast.kernels.tiles import choose
 
 OUTPUT = Path(__file__).parent / "results" / "compile_report"
@@ -45,11 +46,15 @@ KERNELS = {
     "tau factors": factors.factors_kernel,
     "fold": fold.fold_kernel,
     "rebuild": rebuild.rebuild_kernel,
+    "penalties": penalties.penalties_kernel,
+    "penalty factors": factors.factors_kernel,
+    "penalty gate factors": factors.factors_kernel,
+    "tau penalty factors": factors.factors_kernel,
 }
 # the name that a kernel's configuration has, where it is another
-CONFIGURED = {"gate factors": "factors", "rebuild": "fold"}
+CONFIGURED = {"gate factors": "factors", "penalty gate factors": "penalty factors", "rebuild": "fold"}
 # kernels without tokens
-FOLDS = ("fold", "rebuild")
+FOLDS = ("fold", "rebuild", "penalties")
 ARCHITECTURES = (80, 89, 90, 100, 120)
 RANKS = ((16, 16), (4, 64))
 # the stack of SD 1.5 at batch 1 and 4
@@ -95,7 +100,9 @@ EXCESSES = (
 IN_DTYPE = ("y_ptr", "x_ptr", "w_ptr", "g_ptr", "before_ptr")
 INT64 = ("seed_ptr", "step_ptr", "tiles_ptr", "chunks_ptr", "table_ptr")
 # innermost strides of contiguous tensors, which the launch makes constants
-UNIT_STRIDES = ("stride_xk", "stride_wk", "stride_gn", "stride_mk", "stride_bk")
+UNIT_STRIDES = ("stride_xk", "stride_wk", "stride_gn", "stride_mk", "stride_bk", "stride_sk")
+# what only a launch with penalties gets
+PENALTIES = ("past_ptr", "d_sparsity_ptr", "d_forgetting_ptr")
 # arguments that a launch does not find divisible by 16
 ODD = ("T", "tiles", "tasks")
 
@@ -112,13 +119,17 @@ class Case:
     tokens: int = 77
 
     def compile(self):
-        config = choose(CONFIGURED.get(self.kernel, self.kernel), self.tokens, DTYPES[self.dtype], self.arch)
+        name = CONFIGURED.get(self.kernel, self.kernel)
+        config = choose(name, self.tokens, max(self.r, self.s), DTYPES[self.dtype], self.arch)
         kernel = KERNELS[self.kernel]
-        sizes = {"R": self.r, "S": self.s, "BLOCK_N": config.block_n, "BLOCK_T": config.block_t, "SUBTILES": 8 // config.parts}
-        sizes |= {"PARTS": config.parts, "BIAS": True, "ALIGNED": True}
-        gate = self.kernel in ("gate factors", "tau factors")
-        constants = sizes | {"PRECISION": config.precision, "PER_SPLIT": 10, "OF_GATE": gate}
-        constants |= {"UNIT_TAU": self.kernel != "tau factors"} | dict.fromkeys(UNIT_STRIDES, 1)
+        sizes = {"R": self.r, "S": self.s, "BLOCK_T": config.block_t, "BIAS": True, "ALIGNED": True} | config.constants(768)
+        gate, tau = "gate" in self.kernel, self.kernel.startswith("tau")
+        constants = sizes | {"PRECISION": config.precision, "PER_SPLIT": 10, "OF_GATE": gate or tau, "UNIT_TAU": not tau}
+        constants |= {"DTYPE": getattr(tl, str(DTYPES[self.dtype]).removeprefix("torch."))} | dict.fromkeys(UNIT_STRIDES, 1)
+        if "penal" not in self.kernel:
+            constants |= dict.fromkeys(("past_ptr", "d_sparsity_ptr", "d_forgetting_ptr"))
+        elif not (gate or tau):
+            constants |= {"d_sparsity_ptr": None}
         signature, values, attributes = {}, {}, {}
         for index, name in enumerate(kernel.arg_names):
             if name in constants:
@@ -212,7 +223,7 @@ def measure(case: Case) -> dict:
     return {
         "triton": triton.__version__,
         **asdict(case),
-        "config": f"{config.block_n}x{config.block_t}, {config.num_warps} warps",
+        "config": f"{config.block_n}x{config.block_t}x{config.columns}/{config.width}",
         "registers": registers,
         "stack": stack,
         "spills": opcodes["LDL"] + opcodes["STL"],

@@ -3,6 +3,8 @@
     dW = Gᵀ X      dA = (M ⊙ dW) Bᵀ      dB = Aᵀ (M ⊙ dW)
     dL = dW ⊙ A B ⊙ s (1 - s) / tau      dP = dL Qᵀ      dQ = Pᵀ dL      dc = Σ dL
 
+With penalties, whose gradients are g_s and g_f, dW gains 2 g_f S² ⊙ M ⊙ A B, and dL gains g_s σ(L) (1 - σ(L)) / (N k).
+
 A tile of dW lives in registers. A program walks one chunk of rows of one projection over one part of a span of columns; it
 leaves its share of dA or dP for the sum over parts and its share of (dB or dQ, dc) for the sum over chunks. Both sums run in
 a fixed order.
@@ -14,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from stamina_fast.kernels.philox import (
-    LANES,
     gate_open,
     gate_rows,
     gate_slope,
@@ -23,10 +24,11 @@ from stamina_fast.kernels.philox import (
     load_left,
     load_right,
     low_rank,
+    soft_slope,
     sub_tile,
     wide_dtype,
 )
-from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, row_tiles, sub_tiles, tile_ranges, wide
+from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, row_tiles, tile_ranges, wide
 
 # rows a program walks: whole row tiles, so that they are those of the forward
 CHUNK_N = 256
@@ -40,7 +42,7 @@ def weight_gradient(g_ptr, x_ptr, rows, mask_n, columns, T, strides, BLOCK_T: tl
     """dW[n, c] = Σ_t G[t, n] X[t, c] of one sub-tile in fp32 (fp64 for fp64); Gᵀ is loaded transposed."""
     col0, lanes, mask_k = columns
     stride_gt, stride_gn, stride_xt, stride_xk = strides
-    acc = tl.full((rows.shape[0], LANES), 0.0, wide_dtype(x_ptr.dtype.element_ty))
+    acc = tl.full((rows.shape[0], lanes.shape[0]), 0.0, wide_dtype(x_ptr.dtype.element_ty))
     for t0 in range(0, T, BLOCK_T):
         offs_t = t0 + tl.arange(0, BLOCK_T)
         mask_t = offs_t < T
@@ -48,9 +50,19 @@ def weight_gradient(g_ptr, x_ptr, rows, mask_n, columns, T, strides, BLOCK_T: tl
         g = g_ptr + offs_t[None, :] * stride_gt + rows[:, None] * stride_gn
         g = tl.load(g, mask_n[:, None] & mask_t[None, :], 0.0)  # [BLOCK_N, BLOCK_T]
         x = x_ptr + col0 * stride_xk + offs_t[:, None] * stride_xt + lanes[None, :] * stride_xk
-        x = tl.load(x, mask_t[:, None] & mask_k[None, :], 0.0)  # [BLOCK_T, LANES]
+        x = tl.load(x, mask_t[:, None] & mask_k[None, :], 0.0)  # [BLOCK_T, WIDTH]
         acc = tl.dot(g, x, acc, input_precision="ieee", out_dtype=acc.dtype)
     return acc
+
+
+@triton.jit
+def forgetting_gradient(past_ptr, d_forgetting_ptr, product, rows, mask_n, columns, strides):
+    """2 g_f S² ⊙ A B of one sub-tile, `product` being A B: what the forgetting penalty adds to dW where the mask is open."""
+    col0, lanes, mask_k = columns
+    stride_sn, stride_sk = strides
+    past = past_ptr + col0 * stride_sk + rows[:, None] * stride_sn + lanes[None, :] * stride_sk
+    past = tl.load(past, mask_n[:, None] & mask_k[None, :], 0.0).to(product.dtype)
+    return (past * past) * (product * (2 * tl.load(d_forgetting_ptr).to(product.dtype)))
 
 
 @triton.constexpr_function
@@ -99,15 +111,17 @@ def add_right(left, parts, acc, PRECISION: tl.constexpr):
 @triton.jit
 def factors_kernel(
     left_ptr, right_ptr, dc_ptr, g_ptr, x_ptr, a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, seed_ptr, step_ptr, tau_ptr, chunks_ptr,
-    T, N, k, stride_gt, stride_gn, stride_xt, stride_xk,
-    R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, PARTS: tl.constexpr,
-    BLOCK_T: tl.constexpr, PRECISION: tl.constexpr, OF_GATE: tl.constexpr, UNIT_TAU: tl.constexpr,
+    past_ptr, d_sparsity_ptr, d_forgetting_ptr,
+    T, N, k, stride_gt, stride_gn, stride_xt, stride_xk, stride_sn, stride_sk,
+    R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr, OF_GATE: tl.constexpr, UNIT_TAU: tl.constexpr,
 ):  # fmt: skip
     """dA or dP as left [parts, N, RANK] by part, dB or dQ as right [chunks, RANK, k] and dc [chunks, parts] by chunk.
 
     OF_GATE: of P, Q and c, else of A and B; both at once would not fit the registers. A program owns a chunk, a part of a
-    span and RANKS ranks; it makes dW anew for every further RANKS ranks. tau is on the device: of the two variants of the
-    gate's gradients, the one that tau is not for ends at once.
+    span and RANKS ranks; it makes dW anew for every further RANKS ranks. A penalty that is None adds no code. tau is on the
+    device: of the two variants of the gate's gradients, the one that tau is not for ends at once.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WIDE: tl.constexpr = left_ptr.dtype.element_ty
@@ -124,7 +138,7 @@ def factors_kernel(
 
     rights = ()
     for _ in tl.static_range(SUBTILES):
-        rights += (tl.full((RANKS, LANES), 0.0, WIDE),)
+        rights += (tl.full((RANKS, WIDTH), 0.0, WIDE),)
     dc = tl.full((BLOCK_N,), 0.0, WIDE)
     for start in range(row0, row1, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
@@ -133,23 +147,34 @@ def factors_kernel(
         group = tl.load(rows_of_chunk + 2)
         if p_ptr is not None:
             p_tiles, bias = gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S, DTYPE)
-            words = gate_words(seed_ptr, step_ptr, rows, part, PARTS)
-        if OF_GATE:
+            words = gate_words(seed_ptr, step_ptr, rows, part, PARTS, WIDTH)
+        if OF_GATE or past_ptr is not None:
             a_tiles = left_tiles(a_ptr, rows, mask_n, R, DTYPE)
         factor_t = load_left(p_ptr if OF_GATE else a_ptr, rows[None, :], mask_n[None, :], offs_r[:, None], RANK, DTYPE)
         left = tl.full((BLOCK_N, RANKS), 0.0, WIDE)
         added = ()
         for j in tl.static_range(SUBTILES):
-            columns = sub_tile(part, k, j, PARTS)
+            columns = sub_tile(part, k, j, PARTS, WIDTH)
             col0, lanes, mask_k = columns
             strides = (stride_gt, stride_gn, stride_xt, stride_xk)
             dw = weight_gradient(g_ptr, x_ptr, rows, mask_n, columns, T, strides, BLOCK_T)
-            d_product = dw
             if p_ptr is not None:
                 product = low_rank(p_tiles, q_ptr, rows, group, columns, k, S, DTYPE)
+            if OF_GATE or past_ptr is not None:
+                ab = low_rank(a_tiles, b_ptr, rows, group, columns, k, R, DTYPE)
+            if past_ptr is not None:
+                of_past = (stride_sn, stride_sk)
+                pull = forgetting_gradient(past_ptr, d_forgetting_ptr, ab, rows, mask_n, columns, of_past)
+                if OF_GATE:
+                    pull = tl.where(gate_open(product, bias, words, j), pull, 0.0)
+                dw += pull
+            d_product = dw
             if OF_GATE:
-                dl = dw * low_rank(a_tiles, b_ptr, rows, group, columns, k, R, DTYPE)
+                dl = dw * ab
                 dl *= gate_slope(product, bias, words, tau, j, UNIT_TAU)
+                if d_sparsity_ptr is not None:
+                    share = tl.load(d_sparsity_ptr).to(WIDE) / N / k
+                    dl += tl.where(mask_n[:, None] & mask_k[None, :], share * soft_slope(product, bias), 0.0)
                 dc += tl.sum(dl, 1)
                 d_product = dl
             elif p_ptr is not None:
@@ -165,7 +190,7 @@ def factors_kernel(
         tl.store(to, left, mask_n[:, None] & (offs_r < RANK)[None, :])
 
     for j in tl.static_range(SUBTILES):
-        col0, lanes, mask_k = sub_tile(part, k, j, PARTS)
+        col0, lanes, mask_k = sub_tile(part, k, j, PARTS, WIDTH)
         to = right_ptr + chunk * RANK * k + col0 + offs_r.to(tl.int64)[:, None] * k + lanes[None, :]
         tl.store(to, rights[j], (offs_r < RANK)[:, None] & mask_k[None, :])
     if OF_GATE and tl.program_id(2) == 0:
@@ -193,40 +218,44 @@ def _sum_chunks(part: Tensor, ranges: Tensor, shape: tuple[int, ...]) -> Tensor:
     return out
 
 
-def backward_factors(grad, x, a, b, p, q, gate_bias, sizes, seed, step, tau):
+def backward_factors(
+    grad, x, a, b, p, q, gate_bias, sizes, seed, step, tau, past=None, d_sparsity=None, d_forgetting=None
+):  # fmt: skip
     """(dA, dB, dP, dQ, dc) in fp32 (fp64 for fp64), the last three None where p is None, for checked arguments.
 
-    grad [T, N] and x [T, k] of one dtype and any strides; tau: 0-dim floating device tensor; the rest as in
-    `stamina_fast.kernels.masked_linear.forward`.
+    grad [T, N] and x [T, k] of one dtype and any strides; tau: 0-dim floating device tensor; past [N, k] of any strides with
+    d_forgetting, and d_sparsity: 0-dim device tensors, or None; the rest as in `stamina_fast.kernels.masked_linear.forward`.
     """
     (tokens, k), rows = x.shape, grad.shape[1]
     a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
     r, s = a.shape[1], 0 if p is None else p.shape[1]
-    # both variants of tau cut a span into the same parts
-    columns = choose("factors", tokens, x.dtype, capability(x.device)).columns
     chunks, ranges = (table(sizes, CHUNK_N, x.device) for table in (row_tiles, tile_ranges))
-    parts, groups = triton.cdiv(k, columns), len(sizes)
+    groups = len(sizes)
+    stride_sn, stride_sk = (0, 0) if past is None else past.stride()
 
-    def gradients(rank: int, of_gate: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(rank: int, of_gate: bool) -> tuple[Tensor, ...]:
+        d_density = d_sparsity if of_gate else None
+        name = "factors" if past is None and d_density is None else "penalty factors"
+        # both variants of tau cut a span into the same parts
+        parts = choose(name, tokens, max(r, s), x.dtype, capability(x.device)).parts_of(k)
         left = torch.empty((parts, rows, rank), dtype=wide(x.dtype), device=x.device)
         right, dc = left.new_empty((len(chunks), rank * k)), left.new_empty((len(chunks), parts))
         for unit_tau in (True, False) if of_gate else (True,):
-            config = choose("factors" if unit_tau else "tau factors", tokens, x.dtype, capability(x.device))
+            config = choose(name if unit_tau else f"tau {name}", tokens, max(r, s), x.dtype, capability(x.device))
             factors_kernel[(len(chunks), parts, max(1, triton.cdiv(rank, RANKS.value)))](
                 left, right, dc, grad, x, a, b, p, q, gate_bias, *((None, None) if p is None else (seed, step)), tau, chunks,
+                past, d_density, d_forgetting,
                 T=tokens, N=rows, k=k, stride_gt=grad.stride(0), stride_gn=grad.stride(1),
-                stride_xt=x.stride(0), stride_xk=x.stride(1),
-                R=r, S=s, BLOCK_N=config.block_n, SUBTILES=sub_tiles(k, config), PARTS=config.parts, BLOCK_T=config.block_t,
-                PRECISION=config.precision, OF_GATE=of_gate, UNIT_TAU=unit_tau, **config.launch(),
+                stride_xt=x.stride(0), stride_xk=x.stride(1), stride_sn=stride_sn, stride_sk=stride_sk,
+                R=r, S=s, BLOCK_T=config.block_t, **config.constants(k), PRECISION=config.precision,
+                OF_GATE=of_gate, UNIT_TAU=unit_tau, **config.launch(),
             )  # fmt: skip
-        return left.sum(0), _sum_chunks(right, ranges, (groups, rank, k)), dc
+        d_bias = (_sum_chunks(dc, ranges, (groups, parts)).sum(1),) if of_gate else ()
+        return left.sum(0), _sum_chunks(right, ranges, (groups, rank, k)), *d_bias
 
     with on_device(x):
-        if len(chunks) == 0 or parts == 0:
+        if len(chunks) == 0 or k == 0:
             zeros = tuple(None if f is None else torch.zeros_like(f, dtype=wide(x.dtype)) for f in (a, b, p, q))
             return *zeros, None if p is None else zeros[0].new_zeros(groups)
-        da, db, _ = gradients(r, False)
-        if p is None:
-            return da, db, None, None, None
-        dp, dq, dc = gradients(s, True)
-        return da, db, dp, dq, _sum_chunks(dc, ranges, (groups, parts)).sum(1)
+        of_gate = (None, None, None) if p is None else gradients(s, True)
+        return *gradients(r, False), *of_gate

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from stamina_fast.kernels.philox import SPAN, gate_rows, left_tiles, masked_delta, sub_tile
-from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, row_tiles, sub_tiles
+from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, rank, row_tiles
 
 
 @triton.jit
@@ -49,7 +49,7 @@ def fold_(weight, a, b, p, q, gate_bias, sizes, master) -> None:
     """
     k = weight.shape[1]
     # one configuration, never tuned by running: a second run would fold twice
-    config = choose("fold", 0, weight.dtype, capability(weight.device))
+    config = choose("fold", 0, rank(a, p), weight.dtype, capability(weight.device))
     tiles = row_tiles(sizes, config.block_n, weight.device)
     if weight.numel() == 0:
         return
@@ -60,5 +60,5 @@ def fold_(weight, a, b, p, q, gate_bias, sizes, master) -> None:
             weight, master, a, b, p, q, gate_bias, tiles,
             k=k, stride_wn=weight.stride(0), stride_wk=weight.stride(1), stride_mn=stride_mn, stride_mk=stride_mk,
             R=a.shape[1], S=0 if p is None else p.shape[1],
-            BLOCK_N=config.block_n, SUBTILES=sub_tiles(k, config), **config.launch(),
+            BLOCK_N=config.block_n, SUBTILES=config.constants(k)["SUBTILES"], **config.launch(),
         )  # fmt: skip

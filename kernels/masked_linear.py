@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stamina_fast.kernels.philox import LANES, SPAN, gate_rows, gate_words, left_tiles, masked_delta, sub_tile, wide_dtype
-from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, row_tiles, sub_tiles, wide
+from stamina_fast.kernels.philox import gate_rows, gate_words, left_tiles, masked_delta, part_count, sub_tile, wide_dtype
+from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, rank, row_tiles, wide
 
 # dx is split over N until this many programs run; a fixed number, so that the order of a sum is the same on every device
 PROGRAMS = 256
@@ -23,7 +23,8 @@ PROGRAMS = 256
 def forward_kernel(
     y_ptr, x_ptr, w_ptr, a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, seed_ptr, step_ptr, tiles_ptr,
     T, N, k, stride_xt, stride_xk, stride_wn, stride_wk,
-    R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, BLOCK_T: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Yᵀ[n, t] = Σ_k (W + M ⊙ A B)[n, k] Xᵀ[k, t]; a program owns one row tile and BLOCK_T tokens, y is contiguous."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
@@ -41,15 +42,15 @@ def forward_kernel(
         gate = gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S, DTYPE)
     # the residual is the left operand as it comes out of its own dot: no transpose of a computed tile
     acc = tl.full((BLOCK_N, BLOCK_T), 0.0, WIDE)
-    for span in range(tl.cdiv(k, SPAN)):
-        words = gate_words(seed_ptr, step_ptr, rows, span)
+    for part in range(part_count(k, PARTS, WIDTH)):
+        words = gate_words(seed_ptr, step_ptr, rows, part, PARTS, WIDTH)
         for j in tl.static_range(SUBTILES):
-            columns = sub_tile(span, k, j)
+            columns = sub_tile(part, k, j, PARTS, WIDTH)
             col0, lanes, mask_k = columns
             x = x_ptr + col0 * stride_xk + offs_t[None, :] * stride_xt + lanes[:, None] * stride_xk
-            x = tl.load(x, mask_k[:, None] & mask_t[None, :], 0.0)  # [LANES, BLOCK_T]
+            x = tl.load(x, mask_k[:, None] & mask_t[None, :], 0.0)  # [WIDTH, BLOCK_T]
             w = w_ptr + col0 * stride_wk + rows[:, None] * stride_wn + lanes[None, :] * stride_wk
-            w = tl.load(w, mask_n[:, None] & mask_k[None, :], 0.0)  # [BLOCK_N, LANES]
+            w = tl.load(w, mask_n[:, None] & mask_k[None, :], 0.0)  # [BLOCK_N, WIDTH]
             delta = masked_delta(a_tiles, gate, words, b_ptr, q_ptr, rows, group, columns, k, j, R, S, DTYPE)
             acc = tl.dot(w, x, acc, input_precision="ieee", out_dtype=WIDE)
             acc = tl.dot(delta.to(DTYPE), x, acc, input_precision="ieee", out_dtype=WIDE)
@@ -61,8 +62,8 @@ def forward_kernel(
 def input_kernel(
     dx_ptr, g_ptr, w_ptr, a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, seed_ptr, step_ptr, tiles_ptr,
     T, k, tiles, stride_gt, stride_gn, stride_wn, stride_wk,
-    R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, BLOCK_T: tl.constexpr,
-    PARTS: tl.constexpr, PER_SPLIT: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, PER_SPLIT: tl.constexpr,
+    SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """dX[split, t, c] = Σ_n G[t, n] (W + M ⊙ A B)[n, c] over PER_SPLIT row tiles; a program owns BLOCK_T tokens and a part."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
@@ -74,7 +75,7 @@ def input_kernel(
 
     sums = ()
     for _ in tl.static_range(SUBTILES):
-        sums += (tl.full((BLOCK_T, LANES), 0.0, WIDE),)
+        sums += (tl.full((BLOCK_T, WIDTH), 0.0, WIDE),)
     for index in range(split * PER_SPLIT, tl.minimum((split + 1) * PER_SPLIT, tiles)):
         tile = tiles_ptr + 3 * index
         row0, row1, group = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
@@ -86,19 +87,19 @@ def input_kernel(
         gate = None
         if p_ptr is not None:
             gate = gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S, DTYPE)
-        words = gate_words(seed_ptr, step_ptr, rows, part, PARTS)
+        words = gate_words(seed_ptr, step_ptr, rows, part, PARTS, WIDTH)
         added = ()
         for j in tl.static_range(SUBTILES):
-            columns = sub_tile(part, k, j, PARTS)
+            columns = sub_tile(part, k, j, PARTS, WIDTH)
             col0, lanes, mask_k = columns
             w = w_ptr + col0 * stride_wk + rows[:, None] * stride_wn + lanes[None, :] * stride_wk
-            w = tl.load(w, mask_n[:, None] & mask_k[None, :], 0.0)  # [BLOCK_N, LANES]
+            w = tl.load(w, mask_n[:, None] & mask_k[None, :], 0.0)  # [BLOCK_N, WIDTH]
             delta = masked_delta(a_tiles, gate, words, b_ptr, q_ptr, rows, group, columns, k, j, R, S, DTYPE)
             acc = tl.dot(g, w, sums[j], input_precision="ieee", out_dtype=WIDE)
             added += (tl.dot(g, delta.to(DTYPE), acc, input_precision="ieee", out_dtype=WIDE),)
         sums = added
     for j in tl.static_range(SUBTILES):
-        col0, lanes, mask_k = sub_tile(part, k, j, PARTS)
+        col0, lanes, mask_k = sub_tile(part, k, j, PARTS, WIDTH)
         dx = dx_ptr + split * T * k + col0 + offs_t[:, None] * k + lanes[None, :]
         tl.store(dx, sums[j].to(dx_ptr.dtype.element_ty), mask_t[:, None] & mask_k[None, :])
 
@@ -120,7 +121,7 @@ def forward(x, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Tensor:
         return y
     a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
     seed, step = _gate(p, seed, step)
-    config = choose("forward", tokens, x.dtype, capability(x.device))
+    config = choose("forward", tokens, rank(a, p), x.dtype, capability(x.device))
     tiles = row_tiles(sizes, config.block_n, x.device)
     with on_device(x):
         forward_kernel[(len(tiles), triton.cdiv(tokens, config.block_t))](
@@ -128,7 +129,7 @@ def forward(x, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Tensor:
             T=tokens, N=rows, k=k, stride_xt=x.stride(0), stride_xk=x.stride(1),
             stride_wn=weight.stride(0), stride_wk=weight.stride(1),
             R=a.shape[1], S=0 if p is None else p.shape[1],
-            BLOCK_N=config.block_n, SUBTILES=sub_tiles(k, config), BLOCK_T=config.block_t, **config.launch(),
+            BLOCK_T=config.block_t, **config.constants(k), **config.launch(),
         )  # fmt: skip
     return y
 
@@ -138,9 +139,9 @@ def backward_input(grad, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Te
     tokens, k = grad.shape[0], weight.shape[1]
     a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
     seed, step = _gate(p, seed, step)
-    config = choose("input", tokens, grad.dtype, capability(grad.device))
+    config = choose("input", tokens, rank(a, p), grad.dtype, capability(grad.device))
     tiles = row_tiles(sizes, config.block_n, grad.device)
-    blocks, parts = triton.cdiv(tokens, config.block_t), triton.cdiv(k, config.columns)
+    blocks, parts = triton.cdiv(tokens, config.block_t), config.parts_of(k)
     if blocks * parts * len(tiles) == 0:
         return grad.new_zeros(tokens, k)
     per_split = triton.cdiv(len(tiles), triton.cdiv(PROGRAMS, blocks * parts))
@@ -153,7 +154,6 @@ def backward_input(grad, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Te
             T=tokens, k=k, tiles=len(tiles), stride_gt=grad.stride(0), stride_gn=grad.stride(1),
             stride_wn=weight.stride(0), stride_wk=weight.stride(1),
             R=a.shape[1], S=0 if p is None else p.shape[1],
-            BLOCK_N=config.block_n, SUBTILES=sub_tiles(k, config), BLOCK_T=config.block_t, PARTS=config.parts,
-            PER_SPLIT=per_split, **config.launch(),
+            BLOCK_T=config.block_t, PER_SPLIT=per_split, **config.constants(k), **config.launch(),
         )  # fmt: skip
     return dx[0] if splits == 1 else dx.sum(0).to(grad.dtype)

@@ -33,14 +33,24 @@ def rank_step(rank):
 
 
 @triton.jit
-def sub_tile(part, k, J: tl.constexpr, PARTS: tl.constexpr = 1):
-    """First column of sub-tile J of a part (int64), its columns from there, and which of them exist: [LANES], [LANES].
+def part_count(k, PARTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Parts of k columns: none of them is past the last column, but for one of a group of lanes that has none there."""
+    GROUPS: tl.constexpr = LANES // WIDTH
+    return tl.cdiv(k, SPAN // PARTS * GROUPS) * GROUPS
 
-    A part is a span, or one of PARTS equal pieces of it. The first column stays a scalar, added to pointers before the
+
+@triton.jit
+def sub_tile(part, k, J: tl.constexpr, PARTS: tl.constexpr = 1, WIDTH: tl.constexpr = LANES):
+    """First column of sub-tile J of a part (int64), its columns from there, and which of them exist: [WIDTH], [WIDTH].
+
+    A part is a span, or one of PARTS equal pieces of it. Pieces are cut first by groups of WIDTH lanes, which share no noise
+    word, and then by words, which costs making them again. The first column stays a scalar, added to pointers before the
     tile's own offsets, so that the sub-tiles share those.
     """
-    col0 = part * (SPAN // PARTS) + J * LANES
-    lanes = tl.arange(0, LANES)
+    GROUPS: tl.constexpr = LANES // WIDTH
+    part = tl.cast(part, tl.int32)
+    col0 = part // GROUPS * (SPAN // PARTS * GROUPS) + part % GROUPS * WIDTH + J * LANES
+    lanes = tl.arange(0, WIDTH)
     return tl.cast(col0, tl.int64), lanes.to(tl.int64), lanes < k - col0
 
 
@@ -72,7 +82,7 @@ def low_rank(lefts, right_ptr, rows, group, columns, k, RANK: tl.constexpr, DTYP
     """(left right[group])[n, c] of one sub-tile in fp32 (fp64 for fp64), both rounded to DTYPE first."""
     STEP: tl.constexpr = rank_step(RANK)
     col0, lanes, mask_k = columns
-    product = tl.full((rows.shape[0], LANES), 0.0, wide_dtype(DTYPE))
+    product = tl.full((rows.shape[0], lanes.shape[0]), 0.0, wide_dtype(DTYPE))
     for i in tl.static_range(len(lefts)):
         offs_r = i * STEP + tl.arange(0, STEP)
         right = load_right(right_ptr, group, offs_r[:, None], col0, lanes[None, :], mask_k[None, :], k, RANK, DTYPE)
@@ -90,20 +100,23 @@ def gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S: tl.constexpr, DTYPE: tl.c
 
 
 @triton.jit
-def gate_words(seed_ptr, step_ptr, rows, part, PARTS: tl.constexpr = 1):
-    """The 4 / PARTS Philox words of each (row, lane) of a part, uint32 [rows, LANES]; None without noise."""
+def gate_words(seed_ptr, step_ptr, rows, part, PARTS: tl.constexpr = 1, WIDTH: tl.constexpr = LANES):
+    """The Philox words of each (row, lane) that a part takes, all four or some, uint32 [rows, WIDTH]; None without noise."""
     words = None
     if seed_ptr is not None:
+        GROUPS: tl.constexpr = LANES // WIDTH
+        PIECES: tl.constexpr = PARTS // GROUPS
+        part = tl.cast(part, tl.int32)
         step = tl.load(step_ptr)
-        lanes = (tl.arange(0, LANES) + part // PARTS * LANES).to(tl.uint32)[None, :]
+        lanes = (tl.arange(0, WIDTH) + part // PARTS * LANES + part % GROUPS * WIDTH).to(tl.uint32)[None, :]
         span_words = tl.philox(
             tl.load(seed_ptr), lanes, rows.to(tl.uint32)[:, None], step.to(tl.uint32), (step >> 32).to(tl.uint32), ROUNDS
         )
         words = ()
-        for i in tl.static_range(4 // PARTS):
+        for i in tl.static_range(4 // PIECES):
             word = span_words[i]
-            for piece in tl.static_range(1, PARTS):
-                word = tl.where(part % PARTS == piece, span_words[piece * (4 // PARTS) + i], word)
+            for piece in tl.static_range(1, PIECES):
+                word = tl.where(part // GROUPS % PIECES == piece, span_words[piece * (4 // PIECES) + i], word)
             words += (word,)
     return words
 
@@ -122,13 +135,19 @@ def draws(words, J: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def exp_minus(product, bias):
+    """exp(-L) with L = product + c, in one multiply-add and one exp2."""
+    scale = tl.full(product.shape, -LOG2E, product.dtype)
+    return tl.exp2(tl.fma(product, scale, tl.broadcast_to(bias * -LOG2E, product.shape)))
+
+
+@triton.jit
 def odds_against(product, bias, u):
     """(1 - u) exp(-L) with L = product + c, in two multiply-adds and one exp2.
 
     Where exp(-L) overflows this is not a number, and no u is above it: the gate is closed, as it should be.
     """
-    scale = tl.full(product.shape, -LOG2E, product.dtype)
-    e = tl.exp2(tl.fma(product, scale, tl.broadcast_to(bias * -LOG2E, product.shape)))
+    e = exp_minus(product, bias)
     return tl.fma(-e, u, e)
 
 
@@ -166,6 +185,22 @@ def gate_slope(product, bias, words, tau, J: tl.constexpr, UNIT_TAU: tl.constexp
         inverse *= inverse
         slope = (e * inverse) * (inverse * (1 / tau))
     return slope
+
+
+@triton.jit
+def soft_gate(product, bias):
+    """sigmoid(L): the expected gate, without noise."""
+    inverse = tl.rsqrt(1 + exp_minus(product, bias))
+    return inverse * inverse
+
+
+@triton.jit
+def soft_slope(product, bias):
+    """sigmoid(L) (1 - sigmoid(L)) = e / (1 + e)² with e = exp(-L), which the sampled gate has made: one reciprocal."""
+    e = tl.minimum(exp_minus(product, bias), 2.0**100)
+    inverse = tl.rsqrt(1 + e)
+    inverse *= inverse
+    return (e * inverse) * inverse
 
 
 @triton.jit

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stamina_fast.kernels.philox import SPAN, gate_rows, left_tiles, masked_delta, sub_tile, wide_dtype
-from stamina_fast.kernels.tiles import capability, choose, on_device, row_tiles, sub_tiles, wide
+from stamina_fast.kernels.tiles import capability, choose, on_device, row_tiles, wide
 
 # bytes that a factor's address must be a multiple of for the widest loads
 ALIGNMENT = 16
@@ -89,7 +89,8 @@ def rebuild_(weight, base, tasks, sizes, master) -> None:
     if master is None and len(launches) > 1:
         # the sum between two launches must not be rounded
         master = torch.empty_like(weight, dtype=wide(weight.dtype))
-    config = choose("fold", 0, weight.dtype, capability(weight.device))
+    rank = max(max(r, s) for (r, s, _), _ in launches)
+    config = choose("fold", 0, rank, weight.dtype, capability(weight.device))
     tiles = row_tiles(sizes, config.block_n, weight.device)
     grid = (len(tiles), triton.cdiv(weight.shape[1], SPAN.value))
     before = base
@@ -103,6 +104,6 @@ def rebuild_(weight, base, tasks, sizes, master) -> None:
                 weight, before, master, table, tiles, tasks=len(run), k=weight.shape[1],
                 stride_wn=weight.stride(0), stride_wk=weight.stride(1), stride_bn=before.stride(0), stride_bk=before.stride(1),
                 stride_mn=stride_mn, stride_mk=stride_mk, R=r, S=s, BIAS=bias, ALIGNED=aligned,
-                BLOCK_N=config.block_n, SUBTILES=sub_tiles(weight.shape[1], config), **config.launch(),
+                BLOCK_N=config.block_n, SUBTILES=config.constants(weight.shape[1])["SUBTILES"], **config.launch(),
             )  # fmt: skip
         before = master

@@ -15,13 +15,19 @@ from stamina_fast.kernels.philox import LANES, SPAN
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut: rows and tokens of a tile, parts of a span, warps, stages, precision of fp32 operands."""
+    """How a kernel is cut: rows and tokens of a tile, warps, stages, how fp32 operands are multiplied; and the columns.
+
+    parts: pieces of a span, which programs own or work one after another. width: columns of a sub-tile, 32 (every lane of a
+    span's noise) or 16. Two groups of 16 lanes are two parts with no noise word in common; every further cut makes the words
+    of a group again.
+    """
 
     block_n: int
     block_t: int
     num_warps: int
     precision: str
     parts: int = 1
+    width: int = LANES.value
     num_stages: int = 1
 
     def __post_init__(self):
@@ -29,14 +35,29 @@ class Config:
             value = getattr(self, name)
             if value < 16 or value & (value - 1):
                 raise ValueError(f"{name} must be a power of two of at least 16, got {value}")
+        if self.width not in (16, 32):
+            raise ValueError(f"width must be 16 or 32 columns, got {self.width}")
+        if self.parts not in (self.groups, 2 * self.groups, 4 * self.groups):
+            raise ValueError(f"parts must be 1, 2 or 4 for each of {self.groups} groups of lanes, got {self.parts}")
 
-        if self.parts not in (1, 2, 4):
-            raise ValueError(f"parts must be 1, 2 or 4, since each takes whole noise words, got {self.parts}")
+    @property
+    def groups(self) -> int:
+        """Groups of lanes that a span is cut into."""
+        return LANES.value // self.width
 
     @property
     def columns(self) -> int:
         """Columns of a part."""
         return SPAN.value // self.parts
+
+    def parts_of(self, k: int) -> int:
+        """Parts of k columns, as `stamina_fast.kernels.philox.part_count`."""
+        return -(-k // (self.columns * self.groups)) * self.groups
+
+    def constants(self, k: int) -> dict:
+        """What a kernel over k columns is compiled for; SUBTILES: the sub-tiles of a part that k columns can fill."""
+        subtiles = -(-min(k, self.columns * self.groups) // LANES.value)
+        return {"BLOCK_N": self.block_n, "SUBTILES": subtiles, "PARTS": self.parts, "WIDTH": self.width}
 
     def launch(self) -> dict:
         """Launch options. Why without fp fusion: see `stamina_fast.kernels.philox`."""
@@ -47,9 +68,19 @@ class Config:
 SHARES_TENSOR_MEMORY = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 8)
 
 
-# {kernel: (tokens of a tile, parts of a span)}: the largest that compile without spills, or with fewest; see the compile report
-LARGE = {"forward": (128, 1), "input": (64, 4), "factors": (32, 2), "tau factors": (16, 2), "fold": (16, 1)}
-SMALL = {"forward": (64, 1), "input": (32, 4), "factors": (32, 4), "tau factors": (16, 4), "fold": (16, 1)}
+# {kernel: (tokens of a tile, parts of a span, columns of a sub-tile)}: the largest that compile without spills, where r and s
+# are at most 16, and where one is more; see the compile report. Tensor cores of Hopper and of Blackwell's data-centre parts
+# take operands from memory; the others (SMALL) need more registers.
+LARGE = {
+    "forward": (128, 1, 32), "input": (64, 2, 16), "fold": (16, 1, 32), "factors": (32, 2, 32), "tau factors": (16, 2, 32),
+    "penalty factors": (32, 4, 16), "tau penalty factors": (16, 4, 16), "penalties": (16, 2, 16),
+}  # fmt: skip
+LARGE_WIDE = LARGE | {"forward": (128, 2, 16), "factors": (32, 4, 16), "tau factors": (16, 4, 16)}
+SMALL = {
+    "forward": (64, 2, 16), "input": (32, 4, 16), "fold": (16, 1, 32), "factors": (32, 4, 16), "tau factors": (16, 4, 16),
+    "penalty factors": (16, 4, 16), "tau penalty factors": (16, 4, 16), "penalties": (16, 2, 16),
+}  # fmt: skip
+SMALL_WIDE = SMALL | {"forward": (64, 4, 16), "input": (16, 4, 16), "factors": (16, 4, 16), "penalties": (16, 4, 16)}
 
 
 def interpreted() -> bool:
@@ -65,8 +96,10 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def choose(kernel: str, tokens: int, dtype: torch.dtype, gpu: int) -> Config:
+def choose(kernel: str, tokens: int, rank: int, dtype: torch.dtype, gpu: int) -> Config:
     """One safe configuration for `kernel`, a name in `LARGE`, on a GPU of this `capability`; unknown ones take the small tiles.
+
+    rank: the larger of r and s.
 
     The rows of a tile depend on the dtype alone, so that all kernels make the logits by the same dot. Types without exact
     tensor-core products (fp32, fp64) take small tiles. Where fp32 meets a half-precision factor, NVIDIA's tensor cores do
@@ -82,14 +115,10 @@ def choose(kernel: str, tokens: int, dtype: torch.dtype, gpu: int) -> Config:
     if gpu // 10 in (10, 11) and not SHARES_TENSOR_MEMORY:
         # two warps are too few for the instructions that need tensor memory
         return Config(block_n=64, block_t=min(32, tokens), num_warps=2, precision=precision)
-    # tensor cores of Hopper and of Blackwell's data-centre parts take operands from memory; the others need more registers
-    block_t, parts = (LARGE if gpu // 10 in (9, 10, 11) else SMALL)[kernel]
-    return Config(block_n=64, block_t=min(block_t, tokens), num_warps=4, precision=precision, parts=parts)
-
-
-def sub_tiles(k: int, config: Config) -> int:
-    """Sub-tiles of 32 columns in a part that a matrix of k columns can fill."""
-    return -(-min(k, config.columns) // LANES.value)
+    large = gpu // 10 in (9, 10, 11)
+    tables = (LARGE_WIDE if large else SMALL_WIDE) if rank > 16 else (LARGE if large else SMALL)
+    block_t, parts, width = tables[kernel]
+    return Config(64, min(block_t, tokens), num_warps=4, precision=precision, parts=parts, width=width)
 
 
 @lru_cache(maxsize=512)
@@ -117,6 +146,11 @@ def tile_ranges(sizes: tuple[int, ...], block: int, device: torch.device) -> Ten
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rank(a: Tensor, p: Tensor | None) -> int:
+    """The larger of r and s, from A [N, r] and P [N, s]."""
+    return max(a.shape[1], 0 if p is None else p.shape[1])
 
 
 def contiguous(*factors: Tensor | None) -> tuple[Tensor | None, ...]:
