@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -195,8 +195,24 @@ class Adapters:
 
     def penalties(self) -> tuple[Tensor, Tensor]:
         """(sparsity, forgetting): the mean over the entries of all stacks, and the sum over them; 0-dim, differentiable."""
-        stacks = self._ready()
-        both = [stack.penalties() for stack in stacks]
+        return self._penalties({})
+
+    @contextlib.contextmanager
+    def penalised(self) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+        """Yields `penalties` for a block that holds a forward of the U-Net: there it comes out of the same operator calls.
+
+        Mask and residual are then made once for the output and the penalties, and once for the gradients of both. The
+        first forward of the block counts; a stack that none has used is computed as by `Adapters.penalties`.
+        """
+        before, self._control.penalties = self._control.penalties, {}
+        found = self._control.penalties
+        try:
+            yield lambda: self._penalties(found)
+        finally:
+            self._control.penalties = before
+
+    def _penalties(self, found: Mapping[Stack, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        both = [found[stack] if stack in found else stack.penalties() for stack in self._ready()]
         return self._mean([sparsity for sparsity, _ in both]), sum(forgetting.to(both[0][1]) for _, forgetting in both)
 
     def density(self) -> Tensor:

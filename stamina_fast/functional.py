@@ -94,9 +94,38 @@ def masked_linear(
 
     Raises ValueError or TypeError for arguments that do not fit, RuntimeError where `backend` cannot run them.
     """
+    arguments = _prepare(x, weight, a, b, p, q, gate_bias, sizes, noise, tau)
+    return ops.masked_linear(*arguments, backend or "")
+
+
+def masked_linear_penalties(
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    b: Tensor,
+    p: Tensor | None = None,
+    q: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    *,
+    sizes: tuple[int, ...] | None = None,
+    noise: GateNoise | None = None,
+    tau: float | Tensor = 1.0,
+    past: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Y, sparsity, forgetting): `masked_linear` and `gate_penalties` of the same residual, with one backward for all three.
+
+    Arguments as there; the factors are rounded to the dtype in which x and weight meet, which autocast may lower.
+    """
+    arguments = _prepare(x, weight, a, b, p, q, gate_bias, sizes, noise, tau)
+    return ops.masked_linear_penalties(*arguments, _check_past(past, weight), backend or "")
+
+
+def _prepare(x: Tensor, weight: Tensor, a, b, p, q, gate_bias, sizes, noise, tau) -> tuple:
+    """The checked and autocast arguments of `masked_linear`, as the torch operators take them."""
     if weight.ndim != 2:
         raise ValueError(f"weight must be [N, k], got {list(weight.shape)}")
-    n, k = weight.shape
+    k = weight.shape[1]
     if x.ndim == 0 or x.shape[-1] != k:
         raise ValueError(f"x must be [..., k] with k = {k}, got {list(x.shape)}")
     if torch.is_grad_enabled() and weight.requires_grad:
@@ -108,11 +137,23 @@ def masked_linear(
         raise TypeError(f"x and weight must share a floating dtype, got {x.dtype} and {weight.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x and weight must be on one device, got {x.device} and {weight.device}")
+    return _complete(x, weight, a, b, p, q, gate_bias, sizes, noise, tau)
+
+
+def _complete(x: Tensor, weight: Tensor, a, b, p, q, gate_bias, sizes, noise, tau) -> tuple:
     factors = {"a": a, "b": b, "p": p, "q": q, "gate_bias": gate_bias}
-    sizes = _check_factors(n, k, sizes, factors, x.device)
+    sizes = _check_factors(*weight.shape, sizes, factors, x.device)
     seed, step = noise.tensors(x.device) if noise is not None and p is not None else (None, None)
-    tau = _tau(tau, x.device, x.dtype)
-    return ops.masked_linear(x, weight.detach(), a, b, p, q, gate_bias, list(sizes), seed, step, tau, backend or "")
+    return x, weight.detach(), a, b, p, q, gate_bias, list(sizes), seed, step, _tau(tau, x.device, x.dtype)
+
+
+def _check_past(past: Tensor | None, weight: Tensor) -> Tensor | None:
+    if past is None:
+        return None
+    _shape("past", past, tuple(weight.shape), "[N, k]")
+    if not past.is_floating_point() or past.device != weight.device:
+        raise ValueError(f"past must be floating point on {weight.device}, got {past.dtype} on {past.device}")
+    return past.detach()
 
 
 def gate_uniforms(noise: GateNoise, sizes: tuple[int, ...], k: int) -> Tensor:
@@ -262,12 +303,8 @@ def gate_penalties(
     """
     if a.ndim != 2 or b.ndim != 3:
         raise ValueError(f"a must be [N, r] and b [G, r, k], got {list(a.shape)} and {list(b.shape)}")
-    n, k = a.shape[0], b.shape[2]
-    factors = {"a": a, "b": b, "p": p, "q": q, "gate_bias": gate_bias}
-    sizes = _check_factors(n, k, sizes, factors, a.device)
-    if past is not None:
-        _shape("past", past, (n, k), "[N, k]")
-    tau = _tau(tau, a.device, dtype or a.dtype)
-    return reference.gate_penalties(
-        a, b, p, q, gate_bias, sizes=sizes, noise=noise, past=past, dtype=dtype, tau=tau
-    )
+    # no tokens, which autocast would not leave in this dtype, and a weight of a single element in memory
+    none = a.new_empty(0, b.shape[2], dtype=dtype)
+    weight = none.new_empty(()).expand(a.shape[0], b.shape[2])
+    arguments = _complete(none, weight, a, b, p, q, gate_bias, sizes, noise, tau)
+    return ops.masked_linear_penalties(*arguments, _check_past(past, weight), "")[1:]

@@ -91,13 +91,16 @@ def logits(p: Tensor, q: Tensor, gate_bias: Tensor | None, sizes: tuple[int, ...
 
 def noisy_logits(p, q, gate_bias, sizes, dtype, noise=None, uniforms=None) -> Tensor:
     """z = L + ln u - ln(1 - u), or L where there is neither noise nor uniforms, `[N, k]`."""
-    z = logits(p, q, gate_bias, sizes, dtype)
+    return _add_noise(logits(p, q, gate_bias, sizes, dtype), noise, uniforms)
+
+
+def _add_noise(plain: Tensor, noise: GateNoise | None, uniforms: Tensor | None) -> Tensor:
     if uniforms is None and noise is not None:
-        uniforms = draw_uniforms(noise, z.shape[0], z.shape[1], z.device, z.dtype)
+        uniforms = draw_uniforms(noise, plain.shape[0], plain.shape[1], plain.device, plain.dtype)
     if uniforms is None:
-        return z
-    u = uniforms.to(z.dtype)
-    return z + (torch.log(u) - torch.log(1 - u))
+        return plain
+    u = uniforms.to(plain.dtype)
+    return plain + (torch.log(u) - torch.log(1 - u))
 
 
 def gate(p, q, gate_bias, sizes, dtype, noise=None, uniforms=None, tau=1.0) -> Tensor:
@@ -131,21 +134,46 @@ def masked_linear(
     """Y = X (W + M ⊙ (A B))ᵀ as in `stamina_fast.masked_linear`; `uniforms` `[N, k]` takes the place of the noise stream."""
     sizes = sizes or (weight.shape[0],)
     with full_precision(x.device):
-        delta = residual(a, b, p, q, gate_bias, sizes, weight.dtype, noise, uniforms, tau)
-        exact = compute_dtype(weight.dtype)
-        wide = x.to(exact)
-        y = wide @ weight.detach().to(exact).T + wide @ _Round.apply(delta, weight.dtype).T
-        return y.to(x.dtype)
+        return _product(x, weight, residual(a, b, p, q, gate_bias, sizes, weight.dtype, noise, uniforms, tau))
+
+
+def _product(x: Tensor, weight: Tensor, delta: Tensor) -> Tensor:
+    exact = compute_dtype(weight.dtype)
+    wide = x.to(exact)
+    y = wide @ weight.detach().to(exact).T + wide @ _Round.apply(delta, weight.dtype).T
+    return y.to(x.dtype)
+
+
+@torch.no_grad()
+def masked_linear_penalties(
+    x, weight, a, b, p=None, q=None, gate_bias=None, *, sizes=None, noise=None, uniforms=None, past=None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(Y, sparsity, forgetting): `masked_linear` and `gate_penalties` from one L and one M ⊙ AB, without autograd."""
+    sizes = sizes or (weight.shape[0],)
+    with full_precision(x.device):
+        delta = low_rank(_rounded(a, weight.dtype), _rounded(b, weight.dtype), sizes)
+        sparsity, forgetting = delta.new_zeros(()), delta.new_zeros(())
+        if p is not None:
+            plain = logits(p, q, gate_bias, sizes, weight.dtype)
+            sparsity = _mean(torch.sigmoid(plain))
+            delta = (_add_noise(plain, noise, uniforms) > 0).to(delta.dtype) * delta
+        if past is not None:
+            forgetting = (past.to(delta.dtype) * delta).square().sum()
+        return _product(x, weight, delta), sparsity, forgetting
 
 
 @torch.no_grad()
 def masked_linear_backward(
-    grad, x, weight, a, b, p=None, q=None, gate_bias=None, *, sizes=None, noise=None, uniforms=None, tau=1.0
+    grad, x, weight, a, b, p=None, q=None, gate_bias=None, *, sizes=None, noise=None, uniforms=None, tau=1.0,
+    past=None, d_sparsity=None, d_forgetting=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of `masked_linear` written out, G = `grad` `[..., N]`; (dx, da, db, dp, dq, dc), each in its input's dtype.
 
     dx = G (W + M ⊙ AB)   dW = Gᵀ X   dΔ = M ⊙ dW   dA = dΔ Bᵀ   dB = Aᵀ dΔ
     dL = dW ⊙ AB ⊙ s(1 - s)/tau       dP = dL Qᵀ    dQ = Pᵀ dL   dc = Σ dL
+
+    With the 0-dim gradients of the penalties, S = `past` and σ = sigmoid:
+    dW gains 2 d_forgetting S² ⊙ M ⊙ AB, and dL gains d_sparsity σ(L)(1 - σ(L)) / (N k); dx does not change.
     """
     sizes = sizes or (weight.shape[0],)
     with full_precision(x.device):
@@ -157,15 +185,20 @@ def masked_linear_backward(
         d_weight = g.T @ x.reshape(tokens, weight.shape[1]).to(exact)
         mask = None
         if p is not None:
-            z = noisy_logits(p, q, gate_bias, sizes, weight.dtype, noise, uniforms)
+            plain = logits(p, q, gate_bias, sizes, weight.dtype)
+            z = _add_noise(plain, noise, uniforms)
             mask = (z > 0).to(exact)
         delta = product if mask is None else mask * product
         dx = (g @ weight.to(exact) + g @ delta.to(weight.dtype).to(exact)).view(x.shape).to(x.dtype)
+        if past is not None and d_forgetting is not None:
+            d_weight += past.to(exact).square().mul_(delta).mul_(2 * d_forgetting)
         d_delta = d_weight if mask is None else mask * d_weight
         da, db = _factor_gradients(d_delta, wide_a, wide_b, sizes)
         if mask is None:
             return dx, da.to(a.dtype), db.to(b.dtype), None, None, None
         d_logits = d_weight * product * slope(z, tau)
+        if d_sparsity is not None:
+            d_logits += slope(plain, 1.0).mul_(d_sparsity / max(1, plain.numel()))
         dp, dq = _factor_gradients(d_logits, _rounded(p, weight.dtype), _rounded(q, weight.dtype), sizes)
         dc = None if gate_bias is None else torch.stack([part.sum() for part in d_logits.split(sizes)]).to(gate_bias.dtype)
         return dx, da.to(a.dtype), db.to(b.dtype), dp.to(p.dtype), dq.to(q.dtype), dc
@@ -222,6 +255,11 @@ def _add_residuals(weight: Tensor, before: Tensor, tasks, sizes: tuple[int, ...]
     return weight
 
 
+def _mean(entries: Tensor) -> Tensor:
+    """The mean, 0 of nothing."""
+    return entries.sum() / max(1, entries.numel())
+
+
 def gate_penalties(a, b, p, q, gate_bias, *, sizes=None, noise=None, past=None, dtype=None, tau=1.0) -> tuple[Tensor, Tensor]:
     """(sparsity, forgetting), both 0-dim: mean of sigmoid(L), and Σ (S ⊙ M ⊙ AB)² with S = `past` (0 where None)."""
     sizes = sizes or (a.shape[0],)
@@ -229,7 +267,7 @@ def gate_penalties(a, b, p, q, gate_bias, *, sizes=None, noise=None, past=None, 
     with full_precision(a.device):
         exact = compute_dtype(dtype)
         zero = torch.zeros((), dtype=exact, device=a.device)
-        sparsity = zero if p is None else torch.sigmoid(logits(p, q, gate_bias, sizes, dtype)).mean()
+        sparsity = zero if p is None else _mean(torch.sigmoid(logits(p, q, gate_bias, sizes, dtype)))
         if past is None:
             return sparsity, zero
         delta = residual(a, b, p, q, gate_bias, sizes, dtype, noise, tau=tau)

@@ -21,11 +21,15 @@ FACTORS = ("a", "b", "p", "q", "gate_bias")
 
 @dataclasses.dataclass
 class Control:
-    """What every stack of a U-Net obeys: the noise and temperature of the gate, and whether the residual is added."""
+    """What every stack of a U-Net obeys: the noise and temperature of the gate, and whether the residual is added.
+
+    penalties: None, or where each stack leaves its (sparsity, forgetting) when it next makes its shares.
+    """
 
     noise: GateNoise | None = None
     tau: float | Tensor = 1.0
     enabled: bool = True
+    penalties: dict[Stack, tuple[Tensor, Tensor]] | None = None
 
 
 class StackedLinear(nn.Linear):
@@ -179,8 +183,13 @@ class Stack(nn.Module):
             return None
         arguments = self.arguments()
         del arguments["names"]
+        found = self.control.penalties
+        if found is None or self in found:
+            y = functional.masked_linear(x, **arguments)
+        else:
+            y, *found[self] = functional.masked_linear_penalties(x, **arguments, past=self.past())
         # one split, whose backward is one concatenation, where G slices would each fill N columns with zeros
-        return functional.masked_linear(x, **arguments).split(self.sizes, dim=-1)
+        return y.split(self.sizes, dim=-1)
 
     def project(self, x: Tensor, index: int) -> Tensor | None:
         """Projection `index` of x, without bias; None where the plain product is wanted.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +90,8 @@ class Step:
         self.losses = torch.zeros(steps, len(LOSSES), device=device)
         self.bad = torch.zeros(len(self.watched), dtype=torch.bool, device=device)
         self.bad_step = torch.full((), -1, device=device)
-        self.zero = torch.zeros((), device=device)
+        zeros = torch.zeros(2, device=device).unbind()
+        self.penalised = adapters.penalised if any(weights) else lambda: contextlib.nullcontext(lambda: zeros)
 
     def begin_(self, seed: int) -> None:
         """Back to step 0 of a task whose gate noise has this seed; parameters are views again, the optimizer is fresh."""
@@ -108,10 +110,14 @@ class Step:
         sizes = [optimizer.value_norms()]
         noisy, target = self.diffusion.noised(to.latents, to.noise, to.t)
         states, pooled = self.backbone.encode(to.ids)
-        predicted = self.backbone.predict(noisy, to.t, states, pooled, to.frames)
+        with self.penalised() as penalties:
+            predicted = self.backbone.predict(noisy, to.t, states, pooled, to.frames)
+        sparsity, forgetting = penalties()
         denoising = self.diffusion.loss(predicted, target, to.t)
-        sparsity, forgetting = self.adapters.penalties() if any(self.weights) else (self.zero, self.zero)
-        loss = denoising + self.weights[0] * sparsity + self.weights[1] * forgetting
+        loss = denoising
+        for weight, penalty in zip(self.weights, (sparsity, forgetting), strict=True):
+            # what has no weight asks for no gradient
+            loss = loss + weight * penalty if weight else loss
         loss.backward()
         norms = optimizer.norms()
         norm = torch.linalg.vector_norm(norms)
