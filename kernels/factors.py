@@ -37,22 +37,37 @@ RANKS = tl.constexpr(16)
 BLOCK_SUM = 1024
 
 
+@triton.constexpr_function
+def until(first, at_once, subtiles):
+    """The end of the sub-tiles worked together from `first` on."""
+    return min(first + at_once, subtiles)
+
+
 @triton.jit
-def weight_gradient(g_ptr, x_ptr, rows, mask_n, columns, T, strides, BLOCK_T: tl.constexpr):
-    """dW[n, c] = Σ_t G[t, n] X[t, c] of one sub-tile in fp32 (fp64 for fp64); Gᵀ is loaded transposed."""
-    col0, lanes, mask_k = columns
+def weight_gradients(
+    g_ptr, x_ptr, rows, mask_n, part, T, k, strides,
+    FIRST: tl.constexpr, END: tl.constexpr, BLOCK_T: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """dW[n, c] = Σ_t G[t, n] X[t, c] of sub-tiles FIRST to END, in fp32 (fp64 for fp64); Gᵀ is loaded transposed."""
     stride_gt, stride_gn, stride_xt, stride_xk = strides
-    acc = tl.full((rows.shape[0], lanes.shape[0]), 0.0, wide_dtype(x_ptr.dtype.element_ty))
+    WIDE: tl.constexpr = wide_dtype(x_ptr.dtype.element_ty)
+    sums = ()
+    for _ in tl.static_range(FIRST, END):
+        sums += (tl.full((rows.shape[0], WIDTH), 0.0, WIDE),)
     for t0 in range(0, T, BLOCK_T):
         offs_t = t0 + tl.arange(0, BLOCK_T)
         mask_t = offs_t < T
         offs_t = offs_t.to(tl.int64)
         g = g_ptr + offs_t[None, :] * stride_gt + rows[:, None] * stride_gn
         g = tl.load(g, mask_n[:, None] & mask_t[None, :], 0.0)  # [BLOCK_N, BLOCK_T]
-        x = x_ptr + col0 * stride_xk + offs_t[:, None] * stride_xt + lanes[None, :] * stride_xk
-        x = tl.load(x, mask_t[:, None] & mask_k[None, :], 0.0)  # [BLOCK_T, WIDTH]
-        acc = tl.dot(g, x, acc, input_precision="ieee", out_dtype=acc.dtype)
-    return acc
+        added = ()
+        for j in tl.static_range(FIRST, END):
+            col0, lanes, mask_k = sub_tile(part, k, j, PARTS, WIDTH)
+            x = x_ptr + col0 * stride_xk + offs_t[:, None] * stride_xt + lanes[None, :] * stride_xk
+            x = tl.load(x, mask_t[:, None] & mask_k[None, :], 0.0)  # [BLOCK_T, WIDTH]
+            added += (tl.dot(g, x, sums[j - FIRST], input_precision="ieee", out_dtype=WIDE),)
+        sums = added
+    return sums
 
 
 @triton.jit
@@ -126,6 +141,9 @@ def factors_kernel(
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WIDE: tl.constexpr = left_ptr.dtype.element_ty
     RANK: tl.constexpr = S if OF_GATE else R
+    # sub-tiles whose dW is made together: a tile of Gᵀ is loaded once for them; more than one only where they fit the registers
+    PLAIN: tl.constexpr = UNIT_TAU and past_ptr is None and d_sparsity_ptr is None
+    AT_ONCE: tl.constexpr = 2 if PLAIN and R <= 16 and S <= 16 else 1
     chunk = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     offs_r = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
@@ -153,38 +171,42 @@ def factors_kernel(
         factor_t = load_left(p_ptr if OF_GATE else a_ptr, rows[None, :], mask_n[None, :], offs_r[:, None], RANK, DTYPE)
         left = tl.full((BLOCK_N, RANKS), 0.0, WIDE)
         added = ()
-        for j in tl.static_range(SUBTILES):
-            columns = sub_tile(part, k, j, PARTS, WIDTH)
-            col0, lanes, mask_k = columns
+        for first in tl.static_range(0, SUBTILES, AT_ONCE):
             strides = (stride_gt, stride_gn, stride_xt, stride_xk)
-            dw = weight_gradient(g_ptr, x_ptr, rows, mask_n, columns, T, strides, BLOCK_T)
-            if p_ptr is not None:
-                product = low_rank(p_tiles, q_ptr, rows, group, columns, k, S, DTYPE)
-            if OF_GATE or past_ptr is not None:
-                ab = low_rank(a_tiles, b_ptr, rows, group, columns, k, R, DTYPE)
-            if past_ptr is not None:
-                of_past = (stride_sn, stride_sk)
-                pull = forgetting_gradient(past_ptr, d_forgetting_ptr, ab, rows, mask_n, columns, of_past)
+            gradients = weight_gradients(
+                g_ptr, x_ptr, rows, mask_n, part, T, k, strides, first, until(first, AT_ONCE, SUBTILES), BLOCK_T, PARTS, WIDTH
+            )  # fmt: skip
+            for j in tl.static_range(first, until(first, AT_ONCE, SUBTILES)):
+                columns = sub_tile(part, k, j, PARTS, WIDTH)
+                col0, lanes, mask_k = columns
+                dw = gradients[j - first]
+                if p_ptr is not None:
+                    product = low_rank(p_tiles, q_ptr, rows, group, columns, k, S, DTYPE)
+                if OF_GATE or past_ptr is not None:
+                    ab = low_rank(a_tiles, b_ptr, rows, group, columns, k, R, DTYPE)
+                if past_ptr is not None:
+                    of_past = (stride_sn, stride_sk)
+                    pull = forgetting_gradient(past_ptr, d_forgetting_ptr, ab, rows, mask_n, columns, of_past)
+                    if OF_GATE:
+                        pull = tl.where(gate_open(product, bias, words, j), pull, 0.0)
+                    dw += pull
+                d_product = dw
                 if OF_GATE:
-                    pull = tl.where(gate_open(product, bias, words, j), pull, 0.0)
-                dw += pull
-            d_product = dw
-            if OF_GATE:
-                dl = dw * ab
-                dl *= gate_slope(product, bias, words, tau, j, UNIT_TAU)
-                if d_sparsity_ptr is not None:
-                    share = tl.load(d_sparsity_ptr).to(WIDE) / N / k
-                    dl += tl.where(mask_n[:, None] & mask_k[None, :], share * soft_slope(product, bias), 0.0)
-                dc += tl.sum(dl, 1)
-                d_product = dl
-            elif p_ptr is not None:
-                ddelta = tl.where(gate_open(product, bias, words, j), dw, 0.0)
-                d_product = ddelta
-            cut = pieces(d_product, DTYPE, PRECISION)
-            other_ptr = q_ptr if OF_GATE else b_ptr
-            factor = load_right(other_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, RANK, DTYPE)
-            left = add_left(cut, factor, left, PRECISION)
-            added += (add_right(factor_t, cut, rights[j], PRECISION),)
+                    dl = dw * ab
+                    dl *= gate_slope(product, bias, words, tau, j, UNIT_TAU)
+                    if d_sparsity_ptr is not None:
+                        share = tl.load(d_sparsity_ptr).to(WIDE) / N / k
+                        dl += tl.where(mask_n[:, None] & mask_k[None, :], share * soft_slope(product, bias), 0.0)
+                    dc += tl.sum(dl, 1)
+                    d_product = dl
+                elif p_ptr is not None:
+                    ddelta = tl.where(gate_open(product, bias, words, j), dw, 0.0)
+                    d_product = ddelta
+                cut = pieces(d_product, DTYPE, PRECISION)
+                other_ptr = q_ptr if OF_GATE else b_ptr
+                factor = load_right(other_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, RANK, DTYPE)
+                left = add_left(cut, factor, left, PRECISION)
+                added += (add_right(factor_t, cut, rights[j], PRECISION),)
         rights = added
         to = left_ptr + (part.to(tl.int64) * N + rows[:, None]) * RANK + offs_r[None, :]
         tl.store(to, left, mask_n[:, None] & (offs_r < RANK)[None, :])
