@@ -1,6 +1,7 @@
 """The kernels' tests have teeth: each of these bugs, planted in a copy of the kernels, makes one of them fail.
 
-A bug is a file, what stands there, and what is planted instead. The tests are those of test_kernels.py, run against the copy.
+A bug is a file, what stands there, and what is planted instead. The tests are those of test_kernels.py and
+test_penalties.py, run against the copy.
 """
 
 import importlib
@@ -10,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import test_kernels
+import test_penalties
 import torch
 
 import stamina_fast.kernels
 
 KERNELS = Path(next(iter(stamina_fast.kernels.__path__)))
-MODULES = ("philox", "tiles", "masked_linear", "factors", "fold", "rebuild")
+MODULES = ("philox", "tiles", "masked_linear", "factors", "fold", "rebuild", "penalties")
 
 PLANTED = {
     # the stream
@@ -74,7 +76,25 @@ PLANTED = {
     "the rebuild rounds after each task": ("rebuild", "tl.where(delta != 0, total + delta, total)",
                                            "tl.where(delta != 0, total + delta, total).to(DTYPE).to(WIDE)"),
 }
-
+# of the penalties and their gradients
+PENALTIES = {
+    "the density counts entries that are not there": (
+        "penalties", "tl.where(mask, soft_gate(product, bias), 0.0)", "soft_gate(product, bias)"),
+    "forgetting sees closed entries": ("penalties", "tl.where(gate_open(product, bias, words, j), delta, 0.0)", "delta + 0.0"),
+    "forgetting is not squared": ("penalties", "overlap += delta * delta", "overlap += delta"),
+    "all tiles leave their sums in one place": ("penalties", "2 * (tl.program_id(0)", "2 * (0 * tl.program_id(0)"),
+    "forgetting pulls at half its strength": ("factors", "(2 * tl.load(d_forgetting_ptr)", "(1 * tl.load(d_forgetting_ptr)"),
+    "S pulls with its sign": ("factors", "(past * past)", "past"),
+    "forgetting pulls at P and Q of closed entries": (
+        "factors", "pull = tl.where(gate_open(product, bias, words, j), pull, 0.0)", "pull += 0.0"),
+    "the density's gradient is that of a sum over columns": ("factors", "tl.load(d_sparsity_ptr).to(WIDE) / N / k",
+                                                             "tl.load(d_sparsity_ptr).to(WIDE) / N"),
+    "c is pulled by entries that are not there": (
+        "factors", "tl.where(mask_n[:, None] & mask_k[None, :], share * soft_slope(product, bias), 0.0)",
+        "share * soft_slope(product, bias)"),
+    "the slope of the density is the density": ("philox", "return (e * inverse) * inverse", "return inverse"),
+}
+PLANTED |= PENALTIES
 
 
 def with_patches(test, *arguments):
@@ -96,6 +116,10 @@ TESTS = (
     lambda: test_kernels.test_equals_reference(test_kernels.SHAPES[3], torch.float32),
     lambda: with_patches(test_kernels.test_products_in_pieces, 80, "tf32"),
 )
+PENALTY_TESTS = (
+    lambda: test_penalties.test_one_penalty_without_the_other("sparsity", 1.0),
+    lambda: test_penalties.test_kernels_equal_the_specification((5, 40, test_penalties.SIZES, 3, 5), torch.float16),
+)
 
 
 @pytest.fixture
@@ -115,8 +139,9 @@ def copy(tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         for name in MODULES:
             made = importlib.import_module(f"{package}.{name}")
-            if hasattr(test_kernels, name):
-                monkeypatch.setattr(test_kernels, name, made)
+            for tests in (test_kernels, test_penalties):
+                if hasattr(tests, name):
+                    monkeypatch.setattr(tests, name, made)
         philox = sys.modules[f"{package}.philox"]
         for name in ("ROUNDS", "gate_open", "gate_slope"):
             monkeypatch.setattr(test_kernels, name, getattr(philox, name))
@@ -126,14 +151,14 @@ def copy(tmp_path, monkeypatch):
 
 def test_an_unchanged_copy_passes(copy):
     copy("philox", "SPAN", "SPAN")
-    for test in TESTS:
+    for test in (*TESTS, *PENALTY_TESTS):
         test()
 
 
 @pytest.mark.parametrize("bug", PLANTED)
 def test_is_caught(bug, copy):
     copy(*PLANTED[bug])
-    for test in TESTS:
+    for test in PENALTY_TESTS if bug in PENALTIES else TESTS:
         try:
             test()
         except AssertionError:
