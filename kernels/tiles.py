@@ -75,7 +75,10 @@ LARGE = {
     "forward": (128, 1, 32), "input": (64, 2, 16), "fold": (16, 1, 32), "factors": (32, 2, 32), "tau factors": (16, 2, 32),
     "penalty factors": (16, 4, 16), "tau penalty factors": (16, 4, 16), "penalties": (16, 2, 16),
 }  # fmt: skip
-LARGE_WIDE = LARGE | {"forward": (128, 2, 16), "factors": (32, 4, 16), "tau factors": (16, 4, 16)}
+LARGE_WIDE = LARGE | {
+    "forward": (128, 2, 16), "factors": (32, 4, 16), "tau factors": (16, 4, 16),
+    "penalty factors": (16, 8, 16), "tau penalty factors": (16, 8, 16),
+}  # fmt: skip
 SMALL = {
     "forward": (64, 2, 16), "input": (32, 4, 16), "fold": (16, 1, 32), "factors": (32, 4, 16), "tau factors": (16, 4, 16),
     "penalty factors": (16, 4, 16), "tau penalty factors": (16, 4, 16), "penalties": (16, 2, 16),
