@@ -84,7 +84,7 @@ SMALL = {
     "penalty factors": (16, 4, 16), "tau penalty factors": (16, 4, 16), "penalties": (16, 2, 16),
 }  # fmt: skip
 SMALL_WIDE = SMALL | {
-    "forward": (64, 4, 16), "input": (16, 4, 16), "factors": (16, 4, 16),
+    "forward": (64, 4, 16), "input": (32, 8, 16), "factors": (16, 4, 16),
     "penalty factors": (16, 8, 16), "tau penalty factors": (16, 8, 16), "penalties": (16, 4, 16),
 }  # fmt: skip
 
@@ -120,7 +120,7 @@ def choose(kernel: str, tokens: int, rank: int, dtype: torch.dtype, gpu: int) ->
     precision = "ieee" if not gpu else "split" if dtype == torch.bfloat16 else "tf32"
     if gpu // 10 in (10, 11) and not SHARES_TENSOR_MEMORY:
         # two warps are too few for the instructions that need tensor memory
-        return Config(block_n=64, block_t=min(32, tokens), num_warps=2, precision=precision)
+        return Config(block_n=64, block_t=16, num_warps=2, precision=precision, parts=8, width=16)
     large = gpu // 10 in (9, 10, 11)
     tables = (LARGE_WIDE if large else SMALL_WIDE) if rank > 16 else (LARGE if large else SMALL)
     block_t, parts, width = tables[kernel]
