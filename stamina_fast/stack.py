@@ -187,7 +187,8 @@ class Stack(nn.Module):
         if found is None or self in found:
             y = functional.masked_linear(x, **arguments)
         else:
-            y, *found[self] = functional.masked_linear_penalties(x, **arguments, past=self.past())
+            y, sparsity, forgetting = functional.masked_linear_penalties(x, **arguments, past=self.past())
+            found[self] = sparsity, forgetting
         # one split, whose backward is one concatenation, where G slices would each fill N columns with zeros
         return y.split(self.sizes, dim=-1)
 

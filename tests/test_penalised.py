@@ -126,3 +126,15 @@ def test_text_states_that_no_hook_saw():
     torch.testing.assert_close(y, projection(inputs()[2]), **EXACT)
     for one, two in zip(penalties(), adapters.penalties(), strict=True):
         torch.testing.assert_close(one, two, **EXACT)
+
+
+def test_compiled_without_a_break():
+    torch._dynamo.reset()
+    model, adapters = attached()
+    prepared(adapters)
+    call = inputs()
+    plain = step(model, adapters, call, True)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for _ in range(2):
+        same(step(compiled, adapters, call, True), plain)
+    torch._dynamo.reset()
