@@ -1,8 +1,8 @@
 """The Triton kernels against the specification: in Triton's interpreter, or on a GPU where there is one."""
 
 import os
-import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,72 +10,21 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import cases
 import triton
 import triton.language as tl
+from cases import DEVICE, NOISE, assert_close, problem, specified, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stamina_fast import reference
 from stamina_fast.kernels import factors, fold, masked_linear, rebuild, tiles
 from stamina_fast.kernels.philox import ROUNDS, gate_open, gate_slope
-from stamina_fast.noise import GateNoise, halves
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# a seed and a step that need all 64 bits
-NOISE = GateNoise(0x1234567_89ABCDEF, (5 << 32) + 7)
-# tolerances of a relative Frobenius error
-CLOSE = {torch.float16: 2e-6, torch.float32: 2e-6, torch.float64: 1e-13}
 
 
-def problem(tokens, k, sizes, r, s, dtype, gate=True, bias=True, seed=0):
-    """Random arguments: (grad, x, weight, a, b, p, q, gate_bias), factors in fp32 (fp64 for fp64)."""
-    generator = torch.Generator().manual_seed(seed)
-    rows, wide = sum(sizes), reference.compute_dtype(dtype)
-
-    def draw(*shape, as_dtype=wide):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, as_dtype)
-
-    grad, x, weight = draw(tokens, rows, as_dtype=dtype), draw(tokens, k, as_dtype=dtype), draw(rows, k, as_dtype=dtype)
-    a, b = draw(rows, r), draw(len(sizes), r, k)
-    p, q = (draw(rows, s), draw(len(sizes), s, k)) if gate else (None, None)
-    return grad, x, weight, a, b, p, q, draw(len(sizes)) if gate and bias else None
-
-
-def run(grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7):
-    """(y, dx, da, db, dp, dq, dc) of the kernels."""
-    seed, step = (None, None) if noise is None else noise.tensors(DEVICE)
-    arguments = (a, b, p, q, gate_bias, sizes, seed, step)
-    y = masked_linear.forward(x, weight, *arguments)
-    dx = masked_linear.backward_input(grad, weight, *arguments)
-    tau = torch.tensor(tau, dtype=reference.compute_dtype(x.dtype), device=DEVICE)
-    return y, dx, *factors.backward_factors(grad, x, *arguments, tau)
-
-
-def specified(grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7):
-    """y and dx of the reference in the same dtype; the factors' gradients in float64 from the rounded arguments.
-
-    In fp32 the reference's 1 - s loses digits where s is near 1, which the kernels do not.
-    """
-    dtype, options = weight.dtype, {"sizes": sizes, "noise": noise, "tau": tau}
-    bias = torch.zeros(len(sizes), device=DEVICE) if gate_bias is None and p is not None else gate_bias
-    y = reference.masked_linear(x, weight, a, b, p, q, bias, **options)
-    dx = reference.masked_linear_backward(grad, x, weight, a, b, p, q, bias, **options)[0]
-    rounded = (None if t is None else t.to(dtype).double() for t in (grad, x, weight, a, b, p, q))
-    exact = reference.masked_linear_backward(*rounded, None if bias is None else bias.double(), **options)
-    return y, dx, *exact[1:]
-
-
-def assert_close(got, wanted, dtype):
-    for name, one, other in zip(("y", "dx", "da", "db", "dp", "dq", "dc"), got, wanted, strict=True):
-        assert (one is None) == (other is None), name
-        if one is None:
-            continue
-        assert one.shape == other.shape, name
-        # y and dx were rounded to the dtype: a sum in another order may move them by one unit there
-        ulp = torch.finfo(one.dtype).eps if name in ("y", "dx") else 0.0
-        error = (one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-300)
-        assert error <= CLOSE[dtype] + ulp / 8, (name, float(error))
-        assert one.dtype == (dtype if name in ("y", "dx") else reference.compute_dtype(dtype)), name
+def run(*arguments, **options):
+    """`cases.run` with the kernels that this module holds, where a test of the tests puts others."""
+    return cases.run(SimpleNamespace(masked_linear=masked_linear, factors=factors), *arguments, **options)
 
 
 SHAPES = [
@@ -94,20 +43,11 @@ def test_equals_reference(shape, dtype):
     assert_close(run(*arguments, shape[2]), specified(*arguments, shape[2]), dtype)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-@pytest.mark.parametrize("tokens", [3, 20, 65])
-def test_configurations_of_the_gpu(tokens, dtype, monkeypatch):
-    """The tiles that a GPU gets, in the interpreter, where others are the default."""
-    monkeypatch.setattr(tiles, "interpreted", lambda: False)
-    arguments = problem(tokens, 40, (7, 66), 3, 5, dtype)
-    assert_close(run(*arguments, (7, 66)), specified(*arguments, (7, 66)), dtype)
-
-
-@pytest.mark.parametrize(("gpu", "precision"), [(80, "tf32"), (90, "tf32"), (90, "split")])
+@pytest.mark.parametrize(("gpu", "precision"), [(80, "tf32"), (90, "split")])
 def test_products_in_pieces(gpu, precision, monkeypatch):
     """Gradients cut into TF32 or 8-bit pieces for tensor cores keep fp32's digits, in the tiles of both kinds of GPU."""
     monkeypatch.setattr(tiles, "interpreted", lambda: False)
-    monkeypatch.setattr(factors, "choose", lambda *a: replace(tiles.choose(*a[:3], gpu), precision=precision))
+    monkeypatch.setattr(factors, "choose", lambda *a: replace(tiles.choose(*a[:4], gpu), precision=precision))
     arguments = problem(20, 140, (7, 66), 3, 5, torch.float16)
     for tau in (0.7, 1.0):
         got, wanted = (call(*arguments, (7, 66), tau=tau) for call in (run, specified))
@@ -148,17 +88,6 @@ def test_nothing_to_multiply(k, sizes):
         assert torch.equal(got, torch.zeros_like(like))
 
 
-def strided(tensor, kind):
-    """The same values behind other strides."""
-    if tensor is None:
-        return None
-    if kind == "transposed":
-        return tensor.mT.contiguous().mT
-    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), float("nan"), dtype=tensor.dtype, device=DEVICE)
-    wide[..., 1::2] = tensor
-    return wide[..., 1::2]
-
-
 @pytest.mark.parametrize("kind", ["transposed", "gaps"])
 def test_strides(kind):
     sizes = (7, 66)
@@ -178,43 +107,6 @@ def test_expanded_gradient():
     ones = torch.ones((), device=DEVICE).expand(grad.shape)
     for one, two in zip(run(ones, *rest, (7, 66)), run(ones.contiguous(), *rest, (7, 66)), strict=True):
         assert torch.equal(one, two)
-
-
-def masks(sizes, k, p, q, gate_bias, noise):
-    """The mask as the forward, dx and the factors' gradients apply it, read off with A B = 1, W = 0 and unit inputs."""
-    rows, groups = sum(sizes), len(sizes)
-    zero = torch.zeros(rows, k, dtype=torch.float16, device=DEVICE)
-    a, b = torch.ones(rows, 1, device=DEVICE), torch.ones(groups, 1, k, device=DEVICE)
-    seed, step = (None, None) if noise is None else noise.tensors(DEVICE)
-    gate = (p, q, gate_bias, sizes, seed, step)
-    forward = masked_linear.forward(torch.eye(k, dtype=torch.float16, device=DEVICE), zero, a, b, *gate).T
-    backward = masked_linear.backward_input(torch.eye(rows, dtype=torch.float16, device=DEVICE), zero, a, b, *gate)
-    # dW = 1 and B = the unit matrix make dA = M
-    ones = torch.ones(1, max(rows, k), dtype=torch.float16, device=DEVICE)
-    unit = torch.eye(k, device=DEVICE).expand(groups, k, k)
-    tau = torch.ones((), device=DEVICE)
-    through = factors.backward_factors(ones[:, :rows], ones[:, :k], a.expand(rows, k), unit, *gate, tau)[0]
-    return [m.float() for m in (forward, backward, through)]
-
-
-def test_masks_are_one():
-    """Every mask element is the same in all kernels and in the fold, and the reference's away from the threshold."""
-    sizes, k, dtype = (33, 70), 70, torch.float16
-    *_, p, q, gate_bias = problem(1, k, sizes, 1, 4, dtype)
-    z = reference.noisy_logits(p, q, gate_bias, sizes, dtype, NOISE)
-    forward, backward, through = masks(sizes, k, p, q, gate_bias, NOISE)
-    assert torch.equal(forward, backward)
-    assert torch.equal(forward, through)
-    away = z.abs() >= 1e-5
-    assert torch.equal((z > 0)[away], forward.bool()[away])
-    assert 0.3 < forward.mean() < 0.7
-
-    plain, *others = masks(sizes, k, p, q, gate_bias, None)
-    weight = torch.zeros(sum(sizes), k, dtype=dtype, device=DEVICE)
-    a, b = torch.ones(sum(sizes), 1, device=DEVICE), torch.ones(2, 1, k, device=DEVICE)
-    fold.fold_(weight, a, b, p, q, gate_bias, sizes, None)
-    for other in (*others, weight.float()):
-        assert torch.equal(plain, other)
 
 
 @triton.jit
@@ -250,22 +142,6 @@ def test_philox_known_answers(key, counter, words):
     out = torch.full((4, 2), -1, dtype=torch.int64, device=DEVICE)
     philox_kernel[(1,)](out, torch.tensor(key, device=DEVICE), counters, WIDTH=2)
     assert out[:, 0].tolist() == out[:, 1].tolist() == [int(w, 16) for w in words.split()]
-
-
-def test_stream_layout():
-    """The kernel's draw of (row, column) is the specification's: logits a quarter of a draw either side of its threshold."""
-    rows, k = 3, 300
-    h = halves(NOISE, rows, k, DEVICE).double()
-    threshold = torch.log((65535.5 - h) / (h + 0.5))
-    quarter = 16384 / ((h + 0.5) * (65535.5 - h))
-    for shift, wanted in ((quarter, 1.0), (-quarter, 0.0)):
-        q = (threshold + shift).unsqueeze(0)
-        # one projection with P = the unit matrix puts any logits into Q
-        p = torch.eye(rows, dtype=torch.float64, device=DEVICE)
-        a, b = torch.ones(rows, 1, device=DEVICE), torch.ones(1, 1, k, device=DEVICE)
-        eye, zero = torch.eye(k, device=DEVICE), torch.zeros(rows, k, device=DEVICE)
-        y = masked_linear.forward(eye, zero, a, b, p, q, None, (rows,), *NOISE.tensors(DEVICE))
-        assert (y == wanted).all()
 
 
 @triton.jit
@@ -377,29 +253,6 @@ def test_every_element_is_written(monkeypatch):
         assert torch.equal(one, two)
 
 
-def test_repeats_and_program_order(monkeypatch):
-    """Bitwise the same again; under the interpreter also with the programs of a grid in random order."""
-    sizes = (300, 70)
-    arguments = problem(5, 40, sizes, 3, 5, torch.float16)
-    expected = run(*arguments, sizes)
-    ran = []
-    if DEVICE.type == "cpu":
-        from triton.runtime.interpreter import interpreter_builder as builder
-
-        in_order = builder.set_grid_idx
-
-        def shuffled(*index):
-            order = random.Random(3)
-            axes = [order.sample(range(n), n) for n in builder.grid_dim]
-            ran.append(tuple(axis[i] for axis, i in zip(axes, index, strict=True)))
-            in_order(*ran[-1])
-
-        monkeypatch.setattr(builder, "set_grid_idx", shuffled)
-    for one, two in zip(run(*arguments, sizes), expected, strict=True):
-        assert torch.equal(one, two)
-    assert DEVICE.type == "cuda" or ran != sorted(ran)
-
-
 def test_nothing_of_the_weights_size_is_made():
     """No tensor that any of the operators makes on the way has as much as a quarter of N k elements."""
     sizes, k = (100, 60), 96
@@ -430,5 +283,7 @@ def test_row_tiles_never_cross():
 def test_config_is_validated():
     with pytest.raises(ValueError, match="block_n must be a power of two of at least 16, got 48"):
         tiles.Config(block_n=48, block_t=16, num_warps=4, precision="ieee")
-    with pytest.raises(ValueError, match="parts must be 1, 2 or 4, since each takes whole noise words, got 8"):
+    with pytest.raises(ValueError, match="parts must be 1, 2 or 4 for each of 1 groups of lanes, got 8"):
         tiles.Config(block_n=64, block_t=16, num_warps=4, precision="ieee", parts=8)
+    with pytest.raises(ValueError, match="width must be 16 or 32 columns, got 8"):
+        tiles.Config(block_n=64, block_t=16, num_warps=4, precision="ieee", width=8)
