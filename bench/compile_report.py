@@ -96,7 +96,7 @@ EXCESSES = (
     Excess("gate factors", PIECES, 95.0),
     Excess("tau factors", "a logarithm without its own instruction; only where tau != 1", 130.0, 4.0, stack=64),
     Excess("penalties", "the gate and A B before S is touched; a reciprocal for the density", 55.0),
-    Excess("penalty factors", PIECES, 120.0),
+    Excess("penalty factors", PIECES, 125.0),
     Excess("penalty gate factors", PIECES + "; one reciprocal more for the density", 140.0, 3.5),
     Excess("tau penalty factors", "as without penalties; only where tau != 1", 190.0, 6.5, stack=8),
 )
