@@ -28,7 +28,7 @@ def _pairs(layers: dict[int, int]) -> tuple[int, ...]:
 SHAPES = {
     shape.name: shape
     for shape in (
-        Shape("small", _pairs({96: 3, 160: 4}), 128, tokens=24),
+        Shape("small", _pairs({32: 3, 96: 3, 160: 4}), 128, tokens=24),
         Shape("sd15", _pairs({320: 5, 640: 5, 1280: 6}), 768),
         Shape("sd21", _pairs({320: 5, 640: 5, 1280: 6}), 1024),
         Shape("sdxl", _pairs({640: 10, 1280: 60}), 2048),
