@@ -145,9 +145,10 @@ class Checked(ExitStack):
         return self
 
     def __exit__(self, kind, *details):
+        handled = super().__exit__(kind, *details)
         if kind is None:
             assert all(self.accesses.values()), f"the interpreter's accesses no longer pass here: {self.accesses}"
-        return super().__exit__(kind, *details)
+        return handled
 
     def begin(self, name, executor, tensors):
         self.launched.append(name)
