@@ -84,21 +84,26 @@ class Excess:
 
 
 GATE = "Philox is 3.5 slots and the gate with its select 7 before a load; bench/NOTES.md has the rest"
-PIECES = "fp32 gradients go to tensor cores in three pieces, and narrow parts make each noise call again"
+PIECES = "fp32 gradients go to tensor cores in pieces, and parts cut by words make noise again"
+WIDE = RANKS[1:]
 EXCESSES = (
-    Excess("forward", GATE, 28.0),
-    Excess("forward", "the operands of HMMA stand in registers", 28.0, stack=80, architectures=(80, 89, 120)),
-    Excess("fold", "half of it is the load and the store of W", 22.0),
-    Excess("rebuild", "as the fold, and the addresses of a task's factors", 34.0, ranks=((16, 16),)),
-    Excess("rebuild", "the same, with four dots for a gate of rank 64", 60.0, ranks=((4, 64),)),
-    Excess("input", "four parts of a span: each makes the noise words of the whole span", 50.0),
-    Excess("factors", PIECES, 80.0),
-    Excess("gate factors", PIECES, 95.0),
-    Excess("tau factors", "a logarithm without its own instruction; only where tau != 1", 130.0, 4.0, stack=64),
-    Excess("penalties", "the gate and A B before S is touched; a reciprocal for the density", 55.0),
+    Excess("forward", GATE, 27.0),
+    Excess("forward", "the same, with four dots for a gate of rank 64", 42.0, ranks=WIDE),
+    Excess("input", "four parts of a span where operands stand in registers: two make the same words", 33.0),
+    Excess("input", "the same in eight parts, for a gate of rank 64", 67.0, ranks=WIDE),
+    Excess("factors", PIECES, 72.0),
+    Excess("factors", PIECES, 93.0, ranks=WIDE),
+    Excess("gate factors", PIECES, 104.0),
+    Excess("tau factors", "a logarithm without its own instruction; only where tau != 1", 140.0, 4.0),
+    Excess("tau factors", "the same; 8 bytes of stack in fp16", 140.0, 4.0, stack=8, architectures=(89,), ranks=WIDE),
+    Excess("fold", "half of it is the load and the store of W", 26.0),
+    Excess("rebuild", "as the fold, and the addresses of a task's factors", 34.0),
+    Excess("rebuild", "the same, with four dots for a gate of rank 64", 57.0, ranks=WIDE),
+    Excess("penalties", "the gate and A B before S is touched; a reciprocal for the density", 53.0),
     Excess("penalty factors", PIECES, 125.0),
     Excess("penalty gate factors", PIECES + "; one reciprocal more for the density", 140.0, 3.5),
-    Excess("tau penalty factors", "as without penalties; only where tau != 1", 190.0, 6.5, stack=8),
+    Excess("tau penalty factors", "as without penalties; only where tau != 1", 190.0, 6.5),
+    Excess("tau penalty factors", "the same; 8 bytes of stack", 190.0, 6.5, stack=8, architectures=(89,), ranks=WIDE),
 )
 
 IN_DTYPE = ("y_ptr", "x_ptr", "w_ptr", "g_ptr", "before_ptr")

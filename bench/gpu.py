@@ -55,10 +55,10 @@ def stages(output: Path) -> list[Stage]:
     python = sys.executable
     imports = "import stamina_fast as sf, stamina_fast.kernels.masked_linear, stamina_fast.bench.run; print(sf.backends())"
 
-    def tests(name: str, path: str, limit: float) -> Stage:
+    def tests(name: str, limit: float, *paths: str) -> Stage:
         report = output / "logs" / f"{name}.xml"
         settings = ("-c", "tests/gpu/pytest.ini", "--rootdir", str(ROOT), "--confcutdir", "tests/gpu", f"--junitxml={report}")
-        command = (python, "-m", "pytest", *settings, path)
+        command = (python, "-m", "pytest", *settings, *paths)
         return Stage(name, command, limit, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, report)
 
     def bench(plan: str, limit: float) -> Stage:
@@ -75,11 +75,12 @@ def stages(output: Path) -> list[Stage]:
         # without torch's own cache of memory, so that each tensor has bounds that the sanitizer knows
         return Stage(f"sanitizer-{tool}", check, limit, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, left_out=missing)
 
+    kernels = [f"tests/test_{name}.py" for name in ("kernels", "gate", "penalties")]
     return [
         Stage("imports", (python, "-c", imports), 90),
-        tests("tests", "tests/gpu", 400), bench("sd15", 180), sanitizer(None, 150),
+        tests("tests", 400, "tests/gpu"), bench("sd15", 180), sanitizer(None, 150),
         *(sanitizer(tool, 90) for tool in SANITIZERS),
-        tests("kernel-tests", "tests/test_kernels.py", 240), bench("sdxl", 210), bench("compiled", 240), bench("ranks", 150),
+        tests("kernel-tests", 240, *kernels), bench("sdxl", 210), bench("compiled", 240), bench("ranks", 150),
         bench("dtypes", 100), bench("sd21", 120),
     ]
 

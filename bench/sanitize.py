@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 import stamina_fast as sf
+from stamina_fast import functional
 
 from .problem import Case, build
 from .shapes import Shape
@@ -17,7 +18,7 @@ SHAPES = ((Shape("ragged", (7, 70, 0, 3), 40, tokens=5), 3), (Shape("two spans",
 
 
 def visit(case: Case, backend: str) -> None:
-    """Forward and backward with the sampled mask and without any, and the fold alone and through a master."""
+    """Forward and backward with the sampled mask and without any, with penalties too; folds and rebuild."""
     problem = build(case)
     x = problem.x.requires_grad_()
     factors = {name: factor.requires_grad_() for name, factor in problem.factors().items()}
@@ -25,9 +26,15 @@ def visit(case: Case, backend: str) -> None:
     for noise, chosen in ((problem.noise, factors), (None, plain)):
         y = sf.masked_linear(x, problem.weight, **chosen, sizes=problem.sizes, noise=noise, tau=problem.tau, backend=backend)
         torch.autograd.grad(y, [x, *chosen.values()], problem.grad)
+    past = torch.ones_like(problem.weight)
+    whole = functional.masked_linear_penalties(
+        x, problem.weight, **factors, sizes=problem.sizes, noise=problem.noise, tau=problem.tau, past=past, backend=backend
+    )
+    torch.autograd.grad(sum(result.float().sum() for result in whole), [x, *factors.values()])
     detached = {name: factor.detach() for name, factor in factors.items()}
     for master in (None, problem.weight.to(torch.float32, copy=True)):
         sf.fold_(problem.weight.clone(), **detached, sizes=problem.sizes, master=master, backend=backend)
+    sf.rebuild_(problem.weight.clone(), problem.weight, [detached, detached], sizes=problem.sizes, backend=backend)
 
 
 def main() -> None:

@@ -143,7 +143,8 @@ def factors_kernel(
     RANK: tl.constexpr = S if OF_GATE else R
     # sub-tiles whose dW is made together: a tile of Gᵀ is loaded once for them; more than one only where they fit the registers
     PLAIN: tl.constexpr = UNIT_TAU and past_ptr is None and d_sparsity_ptr is None
-    AT_ONCE: tl.constexpr = 2 if PLAIN and R <= 16 and S <= 16 else 1
+    FITS: tl.constexpr = R <= 16 and S <= 16 and not (OF_GATE and PRECISION == "tf32")
+    AT_ONCE: tl.constexpr = 2 if PLAIN and FITS else 1
     chunk = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     offs_r = tl.program_id(2) * RANKS + tl.arange(0, RANKS)

@@ -287,3 +287,11 @@ def test_config_is_validated():
         tiles.Config(block_n=64, block_t=16, num_warps=4, precision="ieee", parts=8)
     with pytest.raises(ValueError, match="width must be 16 or 32 columns, got 8"):
         tiles.Config(block_n=64, block_t=16, num_warps=4, precision="ieee", width=8)
+
+
+@pytest.mark.parametrize("table", ["LARGE", "LARGE_WIDE", "SMALL", "SMALL_WIDE"])
+@pytest.mark.parametrize("kernel", ["factors", "penalty factors"])
+def test_the_variants_of_tau_cut_a_span_alike(table, kernel):
+    """They write the same buffers, so a part is the same columns in both."""
+    table = getattr(tiles, table)
+    assert table[kernel][1:] == table[f"tau {kernel}"][1:]
