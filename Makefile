@@ -4,8 +4,6 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-# threads that spin while they wait make a busy two-core machine far slower, and a free one hardly faster
-export OMP_WAIT_POLICY ?= passive
 TORCH ?= 2.13.0
 JOBS ?= 2
 PYTEST := -n $(JOBS) --dist loadfile

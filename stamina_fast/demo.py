@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
+import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -58,7 +61,7 @@ class Plan:
 PICTURES = {"crops": 8, "crop_scale": 1.0, "flip": False}
 # the weight of the penalty on changing again what earlier concepts changed is a compromise between keeping the earlier concepts
 # and learning the later ones
-FULL = Plan({"method": "c-stamina", "steps": 450, "batch": 8, "learning_rate": 3e-3, "token_learning_rate": 5e-3,
+FULL = Plan({"method": "c-stamina", "steps": 600, "batch": 8, "learning_rate": 3e-3, "token_learning_rate": 5e-3,
              "lr_schedule": "cosine", "warmup": 10, "density": 0.5, "forgetting_weight": 0.1} | PICTURES,
             samples=16, sampler_steps=20)
 QUICK = Plan({"steps": 20, "batch": 4, "warmup": 2, "read_every": 4} | PICTURES, samples=4, sampler_steps=5)
@@ -104,6 +107,18 @@ def prepare_concepts(folder: str | Path, size: int = 32, subjects=tuple(SUBJECTS
     return folder / "concepts"
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """The small model's operators are too small to share between threads: on a busy machine, they would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@one_thread()
 def run_demo(output: str | Path = "runs/demo", quick: bool = False, *, model=TINY, subjects=TAUGHT, device=None,
              progress: bool = True) -> dict:
     """Teach `model` the subjects one after another into the RUN folder `output`, measure, and say what was learned.
