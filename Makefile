@@ -35,8 +35,8 @@ test-long: $(READY) ## the same tests with many more cases
 lint: $(READY) ## ruff
 	$(PYTHON) -m ruff check .
 
-bench: $(READY) ## what the operators cost on this CPU, in about two minutes; leaves bench/results/cpu
-	$(PYTHON) -m stamina_fast.bench.suite cpu --device cpu --output bench/results/cpu $(ARGS)
+bench: $(READY) ## what the operators cost on this CPU, in about three minutes; leaves bench/results/cpu
+	$(PYTHON) -m stamina_fast.bench.suite cpu --device cpu --minutes 4 --output bench/results/cpu $(ARGS)
 
 # PYTHON on the command line needs no more than torch, triton, numpy, pytest, transformers, peft and safetensors
 gpu: $(READY) ## every GPU test, compute-sanitizer and the whole bench, in 20 minutes; leaves one folder to commit
