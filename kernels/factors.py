@@ -28,7 +28,7 @@ from stamina_fast.kernels.philox import (
     sub_tile,
     wide_dtype,
 )
-from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, row_tiles, tile_ranges, wide
+from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device, row_tiles, tile_ranges, wide
 
 # rows a program walks: whole row tiles, so that they are those of the forward
 CHUNK_N = 256
@@ -260,11 +260,11 @@ def backward_factors(
         d_density = d_sparsity if of_gate else None
         name = "factors" if past is None and d_density is None else "penalty factors"
         # both variants of tau cut a span into the same parts
-        parts = choose(name, tokens, max(r, s), x.dtype, capability(x.device)).parts_of(k)
+        parts = choose(name, tokens, largest_rank(a, p), x.dtype, capability(x.device)).parts_of(k)
         left = torch.empty((parts, rows, rank), dtype=wide(x.dtype), device=x.device)
         right, dc = left.new_empty((len(chunks), rank * k)), left.new_empty((len(chunks), parts))
         for unit_tau in (True, False) if of_gate else (True,):
-            config = choose(name if unit_tau else f"tau {name}", tokens, max(r, s), x.dtype, capability(x.device))
+            config = choose(name if unit_tau else f"tau {name}", tokens, largest_rank(a, p), x.dtype, capability(x.device))
             factors_kernel[(len(chunks), parts, max(1, triton.cdiv(rank, RANKS.value)))](
                 left, right, dc, grad, x, a, b, p, q, gate_bias, *((None, None) if p is None else (seed, step)), tau, chunks,
                 past, d_density, d_forgetting,

@@ -3,29 +3,30 @@
 import triton
 import triton.language as tl
 
-from stamina_fast.kernels.philox import SPAN, gate_rows, left_tiles, masked_delta, sub_tile
-from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, rank, row_tiles
+from stamina_fast.kernels.philox import gate_rows, left_tiles, masked_delta, sub_tile
+from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device, row_tiles
 
 
 @triton.jit
 def fold_kernel(
     w_ptr, master_ptr, a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, tiles_ptr,
     k, stride_wn, stride_wk, stride_mn, stride_mk,
-    R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """master += M ⊙ A B; W = round(master). Without a master, W += M ⊙ A B in fp32, rounded once. One row tile, one span."""
+    """master += M ⊙ A B; W = round(master). Without a master, W += M ⊙ A B in fp32, rounded once. One row tile, one part."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     tile = tiles_ptr + 3 * tl.program_id(0)
     row0, row1, group = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     rows = row0 + tl.arange(0, BLOCK_N)
     mask_n = rows < row1
-    span = tl.program_id(1)
+    part = tl.program_id(1)
     a_tiles = left_tiles(a_ptr, rows, mask_n, R, DTYPE)
     gate = None
     if p_ptr is not None:
         gate = gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S, DTYPE)
     for j in tl.static_range(SUBTILES):
-        columns = sub_tile(span, k, j)
+        columns = sub_tile(part, k, j, PARTS, WIDTH)
         col0, lanes, mask_k = columns
         mask = mask_n[:, None] & mask_k[None, :]
         delta = masked_delta(a_tiles, gate, None, b_ptr, q_ptr, rows, group, columns, k, j, R, S, DTYPE)
@@ -49,16 +50,16 @@ def fold_(weight, a, b, p, q, gate_bias, sizes, master) -> None:
     """
     k = weight.shape[1]
     # one configuration, never tuned by running: a second run would fold twice
-    config = choose("fold", 0, rank(a, p), weight.dtype, capability(weight.device))
+    config = choose("fold", 0, largest_rank(a, p), weight.dtype, capability(weight.device))
     tiles = row_tiles(sizes, config.block_n, weight.device)
     if weight.numel() == 0:
         return
     a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
     stride_mn, stride_mk = (0, 0) if master is None else master.stride()
     with on_device(weight):
-        fold_kernel[(len(tiles), triton.cdiv(k, SPAN.value))](
+        fold_kernel[(len(tiles), config.parts_of(k))](
             weight, master, a, b, p, q, gate_bias, tiles,
             k=k, stride_wn=weight.stride(0), stride_wk=weight.stride(1), stride_mn=stride_mn, stride_mk=stride_mk,
             R=a.shape[1], S=0 if p is None else p.shape[1],
-            BLOCK_N=config.block_n, SUBTILES=config.constants(k)["SUBTILES"], **config.launch(),
+            **config.constants(k), **config.launch(),
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stamina_fast.kernels.philox import gate_rows, gate_words, left_tiles, masked_delta, part_count, sub_tile, wide_dtype
-from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, rank, row_tiles, wide
+from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device, row_tiles, wide
 
 # dx is split over N until this many programs run; a fixed number, so that the order of a sum is the same on every device
 PROGRAMS = 256
@@ -121,7 +121,7 @@ def forward(x, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Tensor:
         return y
     a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
     seed, step = _gate(p, seed, step)
-    config = choose("forward", tokens, rank(a, p), x.dtype, capability(x.device))
+    config = choose("forward", tokens, largest_rank(a, p), x.dtype, capability(x.device))
     tiles = row_tiles(sizes, config.block_n, x.device)
     with on_device(x):
         forward_kernel[(len(tiles), triton.cdiv(tokens, config.block_t))](
@@ -139,7 +139,7 @@ def backward_input(grad, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Te
     tokens, k = grad.shape[0], weight.shape[1]
     a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
     seed, step = _gate(p, seed, step)
-    config = choose("input", tokens, rank(a, p), grad.dtype, capability(grad.device))
+    config = choose("input", tokens, largest_rank(a, p), grad.dtype, capability(grad.device))
     tiles = row_tiles(sizes, config.block_n, grad.device)
     blocks, parts = triton.cdiv(tokens, config.block_t), config.parts_of(k)
     if blocks * parts * len(tiles) == 0:

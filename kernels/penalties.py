@@ -21,7 +21,7 @@ from stamina_fast.kernels.philox import (
     sub_tile,
     wide_dtype,
 )
-from stamina_fast.kernels.tiles import capability, choose, contiguous, on_device, rank, row_tiles, wide
+from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device, row_tiles, wide
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def forward(dtype, a, b, p, q, gate_bias, sizes, seed, step, past) -> tuple[Tens
     as in `stamina_fast.kernels.masked_linear.forward`.
     """
     rows, k = a.shape[0], b.shape[2]
-    config = choose("penalties", 0, rank(a, p), dtype, capability(a.device))
+    config = choose("penalties", 0, largest_rank(a, p), dtype, capability(a.device))
     tiles, parts = row_tiles(sizes, config.block_n, a.device), config.parts_of(k)
     if (p is None and past is None) or rows * k == 0:
         sums = torch.zeros((1, 2), dtype=wide(dtype), device=a.device)

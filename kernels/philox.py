@@ -3,12 +3,13 @@
     M = [L + ln u - ln(1 - u) > 0]   L = P Q + c   u = (h + 1/2) / 65536
 
 Columns c, c + 32, ..., c + 224 of a span of 256 share one Philox call, so a tile of a span is worked as eight sub-tiles
-of LANES columns, and sub-tile j takes half j of the words of its own (row, lane): nothing moves between threads.
+of the same lanes, and sub-tile j takes half j of the words of its own (row, lane): nothing moves between threads.
 
 The mask must be the same to the bit in the forward, in both backward kernels and in the fold. So it is made here only, from
-the same row tiles and the same dot shapes, and every kernel that includes it is launched with enable_fp_fusion=False: else
-the compiler could contract a product and a sum in one kernel and not in another, and flip entries next to the threshold.
-Where a product and a sum are to be one instruction, `tl.fma` says so.
+the same row tiles and dots over the same ranks, and every kernel that includes it is launched with enable_fp_fusion=False:
+else the compiler could contract a product and a sum in one kernel and not in another, and flip entries next to the threshold.
+Where a product and a sum are to be one instruction, `tl.fma` says so. Kernels may differ in the columns of a dot, 16 or 32:
+that a tensor core then sums the ranks of an element alike is for tests/gpu to show on each architecture.
 """
 
 import triton
@@ -40,7 +41,7 @@ def part_count(k, PARTS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def sub_tile(part, k, J: tl.constexpr, PARTS: tl.constexpr = 1, WIDTH: tl.constexpr = LANES):
+def sub_tile(part, k, J: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     """First column of sub-tile J of a part (int64), its columns from there, and which of them exist: [WIDTH], [WIDTH].
 
     A part is a span, or one of PARTS equal pieces of it. Pieces are cut first by groups of WIDTH lanes, which share no noise
@@ -100,7 +101,7 @@ def gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S: tl.constexpr, DTYPE: tl.c
 
 
 @triton.jit
-def gate_words(seed_ptr, step_ptr, rows, part, PARTS: tl.constexpr = 1, WIDTH: tl.constexpr = LANES):
+def gate_words(seed_ptr, step_ptr, rows, part, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     """The Philox words of each (row, lane) that a part takes, all four or some, uint32 [rows, WIDTH]; None without noise."""
     words = None
     if seed_ptr is not None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stamina_fast.kernels.philox import SPAN, gate_rows, left_tiles, masked_delta, sub_tile, wide_dtype
+from stamina_fast.kernels.philox import gate_rows, left_tiles, masked_delta, sub_tile, wide_dtype
 from stamina_fast.kernels.tiles import capability, choose, on_device, row_tiles, wide
 
 # bytes that a factor's address must be a multiple of for the widest loads
@@ -27,18 +27,19 @@ def pointer(table_ptr, index, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 def rebuild_kernel(
     w_ptr, before_ptr, master_ptr, table_ptr, tiles_ptr,
     tasks, k, stride_wn, stride_wk, stride_bn, stride_bk, stride_mn, stride_mk,
-    R: tl.constexpr, S: tl.constexpr, BIAS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr,
+    R: tl.constexpr, S: tl.constexpr, BIAS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr,
+    SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """total = before + Σ M ⊙ A B over the rows of table [tasks, 5]: addresses of a, b, p, q, c. One row tile, one span."""
+    """total = before + Σ M ⊙ A B over the rows of table [tasks, 5]: addresses of a, b, p, q, c. One row tile, one part."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     WIDE: tl.constexpr = wide_dtype(DTYPE)
     tile = tiles_ptr + 3 * tl.program_id(0)
     row0, row1, group = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
     rows = row0 + tl.arange(0, BLOCK_N)
     mask_n = rows < row1
-    span = tl.program_id(1)
+    part = tl.program_id(1)
     for j in tl.static_range(SUBTILES):
-        columns = sub_tile(span, k, j)
+        columns = sub_tile(part, k, j, PARTS, WIDTH)
         col0, lanes, mask_k = columns
         mask = mask_n[:, None] & mask_k[None, :]
         before = before_ptr + col0 * stride_bk + rows[:, None] * stride_bn + lanes[None, :] * stride_bk
@@ -92,7 +93,7 @@ def rebuild_(weight, base, tasks, sizes, master) -> None:
     rank = max(max(r, s) for (r, s, _), _ in launches)
     config = choose("fold", 0, rank, weight.dtype, capability(weight.device))
     tiles = row_tiles(sizes, config.block_n, weight.device)
-    grid = (len(tiles), triton.cdiv(weight.shape[1], SPAN.value))
+    grid = (len(tiles), config.parts_of(weight.shape[1]))
     before = base
     for (r, s, bias), run in launches:
         addresses = [[0 if f is None else f.data_ptr() for f in factors] for factors in run]
@@ -104,6 +105,6 @@ def rebuild_(weight, base, tasks, sizes, master) -> None:
                 weight, before, master, table, tiles, tasks=len(run), k=weight.shape[1],
                 stride_wn=weight.stride(0), stride_wk=weight.stride(1), stride_bn=before.stride(0), stride_bk=before.stride(1),
                 stride_mn=stride_mn, stride_mk=stride_mk, R=r, S=s, BIAS=bias, ALIGNED=aligned,
-                BLOCK_N=config.block_n, SUBTILES=config.constants(weight.shape[1])["SUBTILES"], **config.launch(),
+                **config.constants(weight.shape[1]), **config.launch(),
             )  # fmt: skip
         before = master

@@ -107,7 +107,7 @@ def choose(kernel: str, tokens: int, rank: int, dtype: torch.dtype, gpu: int) ->
 
     rank: the larger of r and s.
 
-    The rows of a tile depend on the dtype alone, so that all kernels make the logits by the same dot. Types without exact
+    The rows of a tile depend on the dtype alone, so that all kernels make the logits of the same row tiles. Types without exact
     tensor-core products (fp32, fp64) take small tiles. Where fp32 meets a half-precision factor, NVIDIA's tensor cores do
     two TF32 or three bf16 products that lose nothing; other makers have only the plain fp32 dot. The interpreter takes large
     tiles, since its time is per operation.
@@ -154,7 +154,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def rank(a: Tensor, p: Tensor | None) -> int:
+def largest_rank(a: Tensor, p: Tensor | None) -> int:
     """The larger of r and s, from A [N, r] and P [N, s]."""
     return max(a.shape[1], 0 if p is None else p.shape[1])
 

@@ -67,6 +67,7 @@ def test_pre_training_resumes_to_the_same_bits(tmp_path):
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     further = run(tmp_path / "further", 1, "--start", str(tmp_path / "whole" / "model"), "--autoencoder-steps", "0")
     weight = next(key for key in whole if key.startswith("weight/unet") and key.endswith("weight"))
+    assert not [p for p in (tmp_path / "further" / "model").rglob("*.json") if str(tmp_path) in p.read_text()]
     assert (further[weight] - whole[weight.replace("weight/", "average/", 1)].half().float()).abs().max() < 1e-4
 
 

@@ -58,7 +58,7 @@ def build_unet() -> UNet2DConditionModel:
     widths = (32, 96, 160)
     return UNet2DConditionModel(
         sample_size=PIXELS // 2, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=widths,
-        # cross-attention where the latents are finest too: without it, K and V alone cannot give a photograph its details
+        # cross-attention where the latents are finest too, as in Stable Diffusion: K and V are all that a concept changes
         layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=TEXT_WIDTH,
         # the number of heads: 32 channels each

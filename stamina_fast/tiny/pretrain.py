@@ -212,6 +212,9 @@ def main(argv: list[str] | None = None) -> None:
     work.mkdir(parents=True, exist_ok=True)
     if arguments.start:
         pipe = StableDiffusionPipeline.from_pretrained(arguments.start, dtype=torch.float32)
+        for part in (pipe, pipe.unet, pipe.vae):
+            # what is exported does not tell where it came from
+            part.register_to_config(_name_or_path="")
     else:
         if not (work / "tokenizer").exists():
             build_tokenizer().save_pretrained(work / "tokenizer")
