@@ -28,8 +28,13 @@ stamina::Dtype dtype_of(const Tensor& tensor) {
 
 stamina::Matrix matrix(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)}; }
 
-const void* data(const Maybe& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
-void* room(const Maybe& tensor) { return tensor ? tensor->data_ptr() : nullptr; }
+// null means that there is no such tensor; one without elements is there, and torch has null for its address
+void* room(const Tensor& tensor) {
+  static double nothing;
+  return tensor.numel() ? tensor.data_ptr() : &nothing;
+}
+void* room(const Maybe& tensor) { return tensor ? room(*tensor) : nullptr; }
+const void* data(const Maybe& tensor) { return room(tensor); }
 int64_t number(const Maybe& tensor) { return tensor ? *static_cast<const int64_t*>(tensor->data_ptr()) : 0; }
 
 stamina::Problem problem(const Tensor& weight, const std::vector<int64_t>& sizes, const std::string& instructions) {
@@ -41,7 +46,7 @@ stamina::Problem problem(const Tensor& weight, const std::vector<int64_t>& sizes
 
 stamina::Factors factors(const Tensor& a, const Tensor& b, const Maybe& p, const Maybe& q, const Maybe& bias,
                          const Maybe& seed, const Maybe& step) {
-  return {a.data_ptr(), b.data_ptr(), data(p), data(q), data(bias), a.size(1), p ? p->size(1) : 0, p && seed, number(seed), number(step)};
+  return {room(a), room(b), data(p), data(q), data(bias), a.size(1), p ? p->size(1) : 0, p && seed, number(seed), number(step)};
 }
 
 std::string instruction_sets() {

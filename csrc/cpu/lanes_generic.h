@@ -72,7 +72,14 @@ struct Lanes {
 using Float = Lanes<float, FloatVector, Mask>;
 using Double = Lanes<double, DoubleVector, WideMask>;
 
-STAMINA_INLINE Float fused(Float a, Float b, Float c) {
+// Without an instruction for it, a fused multiply-add is a call of the C library for every lane: kept out of line, or the
+// products would be a megabyte of calls.
+#ifdef __FP_FAST_FMA
+#define STAMINA_FUSED STAMINA_INLINE
+#else
+#define STAMINA_FUSED inline __attribute__((noinline))
+#endif
+STAMINA_FUSED Float fused(Float a, Float b, Float c) {
 #ifdef __ARM_NEON
   return Float(FloatVector(vfmaq_f32(c.v, a.v, b.v)));
 #else
@@ -80,7 +87,7 @@ STAMINA_INLINE Float fused(Float a, Float b, Float c) {
   return c;
 #endif
 }
-STAMINA_INLINE Double fused(Double a, Double b, Double c) {
+STAMINA_FUSED Double fused(Double a, Double b, Double c) {
   for (int i = 0; i < WIDTH; ++i) c.v[i] = fused(a.v[i], b.v[i], c.v[i]);
   return c;
 }
@@ -110,5 +117,12 @@ template <class T, class F>
 STAMINA_INLINE void store(T* to, F a) {
   for (int i = 0; i < WIDTH; ++i) to[i] = narrow<T>(a.v[i]);
 }
+
+// stores that pass the caches are not for every machine
+template <class T, class F>
+STAMINA_INLINE void stream(T* to, F a) {
+  store(to, a);
+}
+STAMINA_INLINE void drain() {}
 
 }  // namespace stamina::STAMINA_NAMESPACE

@@ -138,7 +138,8 @@ struct Wide<double> {
 
 uint32_t pair_of(Bf16 low, Bf16 high) { return low.bits | static_cast<uint32_t>(high.bits) << 16; }
 
-// Packs operands of one dtype as one instruction set wants them.
+// Packs operands of one dtype as one instruction set wants them. Their rows are an odd number of cache lines long, or they would
+// meet in a few sets of the cache.
 template <class Store>
 class Packer {
  public:
@@ -147,7 +148,7 @@ class Packer {
   static constexpr bool BF16 = std::is_same_v<Store, Bf16>;
 
   Packer(const Problem& problem, const Kernels& kernels, Arena& arena)
-      : problem_(problem), kernels_(kernels), arena_(arena), rows_(stack_rows(problem)), columns_(padded(problem.k)),
+      : problem_(problem), kernels_(kernels), arena_(arena), rows_(stack_rows(problem)), columns_(padded(problem.k) / PAD % 2 ? padded(problem.k) : padded(problem.k) + PAD),
         groups_(static_cast<int64_t>(problem.sizes.size())) {}
 
   int64_t columns() const { return columns_; }

@@ -39,19 +39,14 @@ struct Left {
   int64_t row, step;  // strides of m and of κ
 };
 
+// sums[m][v] += L R over all κ
 template <class E, int ROWS, int VECTORS>
-void block(Left<E> left, const typename E::Step* right, int64_t right_stride, typename E::Value* c, int64_t c_stride,
-           int64_t depth, bool add) {
-  using F = typename E::Lane;
-  F sums[ROWS][VECTORS];
-#pragma GCC unroll 32
-  for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) sums[m][v] = add ? load(c + m * c_stride + v * F::width, F()) : F(0.0f);
+STAMINA_INLINE void accumulate(typename E::Lane (&sums)[ROWS][VECTORS], Left<E> left, const typename E::Step* right,
+                               int64_t right_stride, int64_t depth) {
   for (int64_t step = 0; step < depth; ++step) {
     decltype(E::fetch(right)) row[VECTORS];
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) row[v] = E::fetch(right + v * F::width);
+    for (int v = 0; v < VECTORS; ++v) row[v] = E::fetch(right + v * E::Lane::width);
 #pragma GCC unroll 32
     for (int m = 0; m < ROWS; ++m) {
       const auto value = E::spread(left.at[m * left.row]);
@@ -61,6 +56,18 @@ void block(Left<E> left, const typename E::Step* right, int64_t right_stride, ty
     left.at += left.step;
     right += right_stride;
   }
+}
+
+template <class E, int ROWS, int VECTORS>
+void block(Left<E> left, const typename E::Step* right, int64_t right_stride, typename E::Value* c, int64_t c_stride,
+           int64_t depth, bool add) {
+  using F = typename E::Lane;
+  F sums[ROWS][VECTORS];
+#pragma GCC unroll 32
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) sums[m][v] = add ? load(c + m * c_stride + v * F::width, F()) : F(0.0f);
+  accumulate<E, ROWS, VECTORS>(sums, left, right, right_stride, depth);
 #pragma GCC unroll 32
   for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 8

@@ -8,8 +8,10 @@
 
 namespace stamina::STAMINA_NAMESPACE {
 
-// most rows of a strip: multiples of them make the projections of Stable Diffusion, whose rows are 320, 640 and 1280
-constexpr int64_t FORWARD_ROWS = 40, BACKWARD_ROWS = 64, FOLD_ROWS = 16;
+// most rows of a strip, and of a call that folds: multiples of them make the projections of Stable Diffusion, whose rows are 320, 640 and 1280
+constexpr int64_t FORWARD_ROWS = 40, BACKWARD_ROWS = 64, FOLD_CALL = 160;
+// from row to row of a tile: an odd number of cache lines, or the rows would meet in a few sets of the cache
+constexpr int64_t PITCH = SPAN + PAD;
 constexpr int64_t TOKEN_BLOCK = padded(MOST_VECTORS * Float::width);
 
 // a bump allocator over the caller's scratch, or, from null, a measure of how much is needed
@@ -41,7 +43,7 @@ STAMINA_INLINE Mode mode_of(const Gate& gate) {
   return !gate.present ? Mode::ones : gate.noisy ? Mode::noisy : Mode::plain;
 }
 
-STAMINA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+STAMINA_INLINE constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // columns [first, first + count) of one span; `lanes` is count rounded up to whole vectors
 struct Span {
@@ -63,12 +65,25 @@ STAMINA_INLINE const Store* row_values(const Matrix& matrix, int64_t row, Span s
   return room;
 }
 
+// Ask for a row's columns from memory, some time before they are read: spans of rows are too short for the hardware to guess.
+template <class Store>
+STAMINA_INLINE void expect_row(const Matrix& matrix, int64_t row, Span span) {
+  if (matrix.column != 1) return;
+  const char* at = static_cast<const char*>(matrix.at) + (row * matrix.row + span.first) * static_cast<int64_t>(sizeof(Store));
+  for (int64_t byte = 0; byte < span.count * static_cast<int64_t>(sizeof(Store)); byte += 64) __builtin_prefetch(at + byte, 0, 3);
+}
+
+template <class Store>
+STAMINA_INLINE void expect_rows(const Matrix& matrix, const Rows& rows, Span span) {
+  for (int64_t n = 0; n < rows.rows; ++n) expect_row<Store>(matrix, rows.first + n, span);
+}
+
 template <class E>
 void low_rank(const LowRank& factors, const Rows& rows, Span span, int64_t columns, typename E::Value* to) {
   using Step = typename E::Step;
   const Left<E> left{static_cast<const Step*>(factors.left) + rows.first * factors.steps, factors.steps, 1};
   const Step* right = static_cast<const Step*>(factors.right) + rows.group * factors.steps * columns + span.first;
-  product<E>(rows.rows, span.lanes / E::Lane::width, factors.steps, left, right, columns, to, SPAN, false);
+  product<E>(rows.rows, span.lanes / E::Lane::width, factors.steps, left, right, columns, to, PITCH, false);
 }
 
 // what the gate needs of a span, whatever the row
@@ -181,8 +196,8 @@ struct Operator {
         : tile(scratch.take<Tile>(FORWARD_ROWS * columns)),
           weight(scratch.take<Store>(PAIRS ? FORWARD_ROWS * columns : 0)),
           row(scratch.take<Store>(SPAN)),
-          residual(scratch.take<T>(FORWARD_ROWS * SPAN)),
-          logits(scratch.take<T>(FORWARD_ROWS * SPAN)),
+          residual(scratch.take<T>(FORWARD_ROWS * PITCH)),
+          logits(scratch.take<T>(FORWARD_ROWS * PITCH)),
           out(scratch.take<T>(FORWARD_ROWS * TOKEN_BLOCK)),
           exists(scratch.take<T>(SPAN)) {}
   };
@@ -197,8 +212,9 @@ struct Operator {
   static void make_tile(const Forward& f, const Rows& rows, ForwardRoom& room, double sums[2]) {
     const int64_t columns = f.residual.columns;
     const F bias = bias_of<F>(f.residual.gate, rows.group);
+    if (f.tokens) expect_rows<Store>(f.weight, rows, span_at(0, f.residual.k));
     for (int64_t first = 0; first < f.residual.k; first += SPAN) {
-      const Span span = span_at(first, f.residual.k);
+      const Span span = span_at(first, f.residual.k), next = span_at(first + SPAN, f.residual.k);
       const SpanNoise<F> noise(f.residual.gate, span);
       low_rank<E>(f.residual.product, rows, span, columns, room.residual);
       if constexpr (MODE != Mode::ones) low_rank<E>(f.residual.gate.logits, rows, span, columns, room.logits);
@@ -208,6 +224,7 @@ struct Operator {
         if constexpr (!PAIRS) {
           if (f.tokens) weight = row_values(f.weight, rows.first + n, span, room.row);
         }
+        if (f.tokens) expect_row<Store>(f.weight, rows.first + n, next);
         const T* past = nullptr;
         T past_row[SPAN];
         if constexpr (SUMS) {
@@ -216,8 +233,8 @@ struct Operator {
         }
         F open = F(0.0f), overlap = F(0.0f);
         each_vector<MODE, F>(noise, rows.first + n, span, [&](int64_t c, F u) STAMINA_LAMBDA {
-          const F product = MODE == Mode::ones ? F(0.0f) : load(room.logits + n * SPAN + c, F());
-          const F delta = masked<MODE>(load(room.residual + n * SPAN + c, F()), product, bias, u);
+          const F product = MODE == Mode::ones ? F(0.0f) : load(room.logits + n * PITCH + c, F());
+          const F delta = masked<MODE>(load(room.residual + n * PITCH + c, F()), product, bias, u);
           if constexpr (SUMS) {
             if constexpr (MODE != Mode::ones)
               open = fused(soft_gate(exp_minus(product, bias)), load(room.exists + c, F()), open);
@@ -303,9 +320,9 @@ struct Operator {
     uint32_t* grad_pairs;
     Store* row;
     BackwardRoom(Scratch& scratch, const Backward& f)
-        : tile(scratch.take<T>(BACKWARD_ROWS * SPAN)),
-          logits(scratch.take<T>(BACKWARD_ROWS * SPAN)),
-          d_weight(scratch.take<T>(BACKWARD_ROWS * SPAN)),
+        : tile(scratch.take<T>(BACKWARD_ROWS * PITCH)),
+          logits(scratch.take<T>(BACKWARD_ROWS * PITCH)),
+          d_weight(scratch.take<T>(BACKWARD_ROWS * PITCH)),
           grad(scratch.take<T>(BACKWARD_ROWS * f.tokens)),
           da(scratch.take<T>(BACKWARD_ROWS * padded(f.r))),
           dp(scratch.take<T>(BACKWARD_ROWS * padded(f.s))),
@@ -348,11 +365,12 @@ struct Operator {
     for (int64_t n = 0; n < rows.rows; ++n) {
       const int64_t row = rows.first + n;
       const Store* weight = f.need_x ? row_values(f.weight, row, span, room.row) : nullptr;
+      if (weight) expect_row<Store>(f.weight, row, span_at(span.first + SPAN, f.residual.k));
       T past_row[SPAN];
       const Matrix matrix{const_cast<void*>(f.past), f.residual.k, 1};
       const T* past = f.past ? row_values(matrix, row, span, past_row) : nullptr;
       each_vector<MODE, F>(noise, row, span, [&](int64_t c, F u) STAMINA_LAMBDA {
-        const int64_t at = n * SPAN + c;
+        const int64_t at = n * PITCH + c;
         const F residual = load(room.tile + at, F());
         const F product = MODE == Mode::ones ? F(0.0f) : load(room.logits + at, F());
         const F delta = masked<MODE>(residual, product, bias, u);
@@ -382,9 +400,9 @@ struct Operator {
                               const void* right_transposed, T* d_left, void* d_right) {
     const int64_t wide = padded(rank);
     const T* right = static_cast<const T*>(right_transposed) + (rows.group * f.residual.columns + span.first) * wide;
-    product<Multiply<F>>(rows.rows, wide / F::width, span.lanes, {d, SPAN, 1}, right, wide, d_left, wide, true);
+    product<Multiply<F>>(rows.rows, wide / F::width, span.lanes, {d, PITCH, 1}, right, wide, d_left, wide, true);
     const T* rows_of_left = static_cast<const T*>(left) + rows.first * rank;
-    product<Multiply<F>>(rank, span.lanes / F::width, rows.rows, {rows_of_left, 1, rank}, d, SPAN,
+    product<Multiply<F>>(rank, span.lanes / F::width, rows.rows, {rows_of_left, 1, rank}, d, PITCH,
                          static_cast<T*>(d_right) + span.first, f.residual.columns, true);
   }
 
@@ -395,6 +413,7 @@ struct Operator {
     const int64_t columns = f.residual.columns, wide_r = padded(f.r), wide_s = padded(f.s);
     for (int64_t done = 0; done < piece.rows; done += BACKWARD_ROWS) {
       const Rows rows{piece.first + done, smaller(BACKWARD_ROWS, piece.rows - done), piece.group};
+      if (f.need_x) expect_rows<Store>(f.weight, rows, span_at(0, f.residual.k));
       take_grad(f, rows, room);
       for (int64_t i = 0; i < rows.rows * wide_r; ++i) room.da[i] = T(0);
       for (int64_t i = 0; i < rows.rows * wide_s; ++i) room.dp[i] = T(0);
@@ -418,7 +437,7 @@ struct Operator {
           }
         }
         if (f.need_x)
-          product<Multiply<F>>(f.tokens, vectors, rows.rows, {room.grad, BACKWARD_ROWS, 1}, room.tile, SPAN,
+          product<Multiply<F>>(f.tokens, vectors, rows.rows, {room.grad, BACKWARD_ROWS, 1}, room.tile, PITCH,
                                static_cast<T*>(sums.dx) + first, columns, true);
       }
       if (!f.need_factors) continue;
@@ -432,22 +451,25 @@ struct Operator {
     if constexpr (PAIRS) {
       const int64_t pairs = (f.tokens + 1) / 2;
       const uint32_t* x = static_cast<const uint32_t*>(f.x) + span.first;
-      product<Pairs>(rows.rows, vectors, pairs, {room.grad_pairs, pairs, 1}, x, columns, room.d_weight, SPAN, false);
+      product<Pairs>(rows.rows, vectors, pairs, {room.grad_pairs, pairs, 1}, x, columns, room.d_weight, PITCH, false);
     } else {
       const T* x = static_cast<const T*>(f.x) + span.first;
-      product<Multiply<F>>(rows.rows, vectors, f.tokens, {room.grad, 1, BACKWARD_ROWS}, x, columns, room.d_weight, SPAN, false);
+      product<Multiply<F>>(rows.rows, vectors, f.tokens, {room.grad, 1, BACKWARD_ROWS}, x, columns, room.d_weight, PITCH, false);
     }
   }
 
+  // rows of a block of a fold, and its vectors: whole blocks fill the registers
+  static constexpr int FOLD_ROWS = block_rows(smaller(4, MOST_VECTORS)), FOLD_VECTORS = smaller(4, MOST_VECTORS);
+
   struct FoldRoom {
-    T *residual, *logits, *total, *row;
-    Store* narrow;
+    T *before_wide, *total, *master;
+    Store *before, *weight;
     explicit FoldRoom(Scratch& scratch)
-        : residual(scratch.take<T>(FOLD_ROWS * SPAN)),
-          logits(scratch.take<T>(FOLD_ROWS * SPAN)),
+        : before_wide(scratch.take<T>(FOLD_ROWS * SPAN)),
           total(scratch.take<T>(FOLD_ROWS * SPAN)),
-          row(scratch.take<T>(SPAN)),
-          narrow(scratch.take<Store>(SPAN)) {}
+          master(scratch.take<T>(FOLD_ROWS * SPAN)),
+          before(scratch.take<Store>(FOLD_ROWS * SPAN)),
+          weight(scratch.take<Store>(FOLD_ROWS * SPAN)) {}
   };
 
   static int64_t fold_scratch(const Fold&) {
@@ -456,58 +478,148 @@ struct Operator {
     return scratch.used();
   }
 
+  // where the vectors of a few rows are read and written: in place, or in a room; null where there is nothing to write
   template <class From>
-  static void take_row(const Matrix& matrix, int64_t row, Span span, From* room, T* to) {
-    const From* from = row_values(matrix, row, span, room);
-    for (int64_t c = 0; c < span.lanes; c += F::width) store(to + c, load(from + c, F()));
+  struct FoldAt {
+    const From* from[FOLD_ROWS];
+    T* wide[FOLD_ROWS];
+    Store* weight[FOLD_ROWS];
+    bool streaming;  // the weight is only written: past the caches, where the addresses allow
+  };
+
+  static bool in_place(const Matrix& matrix, Span span) { return matrix.column == 1 && span.count == span.lanes; }
+
+  template <class To>
+  static To* target(const Matrix& matrix, int64_t row, Span span, To* room) {
+    if (!matrix.at) return nullptr;
+    return in_place(matrix, span) ? static_cast<To*>(matrix.at) + row * matrix.row + span.first : room;
   }
 
   template <class To>
-  static void give_row(const Matrix& matrix, int64_t row, Span span, const T* from, To* room) {
-    To* to = static_cast<To*>(matrix.at) + row * matrix.row + span.first * matrix.column;
-    const bool direct = matrix.column == 1 && span.count == span.lanes;
-    for (int64_t c = 0; c < span.lanes; c += F::width) store((direct ? to : room) + c, load(from + c, F()));
-    for (int64_t c = 0; !direct && c < span.count; ++c) to[c * matrix.column] = room[c];
+  static void give_rows(const Matrix& matrix, const Rows& rows, Span span, const To* room) {
+    if (!matrix.at || in_place(matrix, span)) return;
+    for (int64_t n = 0; n < rows.rows; ++n) {
+      To* to = static_cast<To*>(matrix.at) + (rows.first + n) * matrix.row + span.first * matrix.column;
+      for (int64_t c = 0; c < span.count; ++c) to[c * matrix.column] = room[n * SPAN + c];
+    }
   }
 
-  static void add_residual(const Task& task, const Rows& rows, Span span, int64_t columns, FoldRoom& room) {
-    low_rank<E>(task.product, rows, span, columns, room.residual);
-    if (task.gate.present) low_rank<E>(task.gate.logits, rows, span, columns, room.logits);
-    const F bias = bias_of<F>(task.gate, rows.group);
-    for (int64_t n = 0; n < rows.rows; ++n) {
-      for (int64_t c = n * SPAN; c < n * SPAN + span.lanes; c += F::width) {
-        const F before = load(room.total + c, F()), residual = load(room.residual + c, F());
-        store(room.total + c, task.gate.present
-                                  ? fold_element(before, residual, gate_open(load(room.logits + c, F()), bias))
-                                  : fold_element(before, residual));
+  template <int ROWS, int VECTORS>
+  static STAMINA_INLINE void zero(F (&sums)[ROWS][VECTORS]) {
+#pragma GCC unroll 32
+    for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) sums[m][v] = F(0.0f);
+  }
+
+  template <int ROWS, int VECTORS>
+  static STAMINA_INLINE void low_rank_block(const LowRank& factors, const Rows& rows, int64_t column, int64_t columns,
+                                            F (&sums)[ROWS][VECTORS]) {
+    using Step = typename E::Step;
+    const Left<E> left{static_cast<const Step*>(factors.left) + rows.first * factors.steps, factors.steps, 1};
+    const Step* right = static_cast<const Step*>(factors.right) + rows.group * factors.steps * columns + column;
+    zero(sums);
+    accumulate<E, ROWS, VECTORS>(sums, left, right, columns, factors.steps);
+  }
+
+  // ROWS rows and VECTORS vectors from column c of the span on: from + M ⊙ AB, to either target or both
+  template <int ROWS, int VECTORS, class From>
+  static void fold_block(const Task& task, const Rows& rows, int64_t first, int64_t c, int64_t columns, const FoldAt<From>& at) {
+    F sums[ROWS][VECTORS];
+    decltype(greater(F(), F())) open[ROWS][VECTORS];
+    const bool gate = task.gate.present;
+    if (gate) {
+      low_rank_block(task.gate.logits, rows, first + c, columns, sums);
+      const F bias = bias_of<F>(task.gate, rows.group);
+#pragma GCC unroll 32
+      for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) open[m][v] = gate_open(sums[m][v], bias);
+    }
+    low_rank_block(task.product, rows, first + c, columns, sums);
+#pragma GCC unroll 32
+    for (int m = 0; m < ROWS; ++m) {
+#pragma GCC unroll 8
+      for (int v = 0; v < VECTORS; ++v) {
+        const int64_t column = c + v * F::width;
+        const F before = load(at.from[m] + column, F());
+        const F sum = gate ? fold_element(before, sums[m][v], open[m][v]) : fold_element(before, sums[m][v]);
+        if (at.wide[m]) store(at.wide[m] + column, sum);
+        if (at.weight[m]) at.streaming ? stream(at.weight[m] + column, sum) : store(at.weight[m] + column, sum);
       }
     }
   }
 
-  static void fold(const Fold& f, const Rows& rows, void* memory) {
+  template <int ROWS, class From, class Expect>
+  static void fold_rows(const Task& task, const Rows& rows, Span span, int64_t columns, const FoldAt<From>& at, const Expect& expect) {
+    if constexpr (ROWS > 0) {
+      if (rows.rows != ROWS) return fold_rows<ROWS - 1, From>(task, rows, span, columns, at, expect);
+      int64_t c = 0;
+      for (; c + FOLD_VECTORS * F::width <= span.lanes; c += FOLD_VECTORS * F::width) {
+        expect(c, FOLD_VECTORS * F::width);
+        fold_block<ROWS, FOLD_VECTORS, From>(task, rows, span.first, c, columns, at);
+      }
+      for (; c < span.lanes; c += F::width) {
+        expect(c, F::width);
+        fold_block<ROWS, 1, From>(task, rows, span.first, c, columns, at);
+      }
+    }
+  }
+
+  // Few rows at a time, with those that come next on their way from memory while this span is computed.
+  static void fold(const Fold& f, const Rows& all, void* memory) {
     Scratch scratch{static_cast<char*>(memory)};
     FoldRoom room(scratch);
-    for (int64_t first = 0; first < f.k; first += SPAN) {
-      const Span span = span_at(first, f.k);
-      for (int64_t n = 0; n < rows.rows; ++n) {
-        T* to = room.total + n * SPAN;
-        if (f.before_is_wide) {
-          take_row(f.before, rows.first + n, span, room.row, to);
-        } else {
-          take_row(f.before, rows.first + n, span, room.narrow, to);
-        }
-      }
-      for (int64_t i = 0; i < f.count; ++i) add_residual(f.tasks[i], rows, span, f.columns, room);
-      for (int64_t n = 0; n < rows.rows; ++n) {
-        const T* from = room.total + n * SPAN;
-        if (f.master.at) give_row(f.master, rows.first + n, span, from, room.row);
-        give_row(f.weight, rows.first + n, span, from, room.narrow);
+    for (int64_t done = 0; done < all.rows; done += FOLD_ROWS) {
+      const Rows rows{all.first + done, smaller(FOLD_ROWS, all.rows - done), all.group};
+      for (int64_t first = 0; first < f.k; first += SPAN) {
+        const bool last = first + SPAN >= f.k;
+        const Rows next{rows.first + (last ? FOLD_ROWS : 0), last ? smaller(FOLD_ROWS, all.rows - done - FOLD_ROWS) : rows.rows, 0};
+        fold_span(f, rows, span_at(first, f.k), next, last ? 0 : first + SPAN, room);
       }
     }
+    drain();
+  }
+
+  static void fold_span(const Fold& f, const Rows& rows, Span span, const Rows& next, int64_t next_first, FoldRoom& room) {
+    const auto expect = [&](int64_t c, int64_t count) {
+      const Span columns{next_first + c, smaller(count, f.k - next_first - c), 0};
+      for (int64_t n = 0; n < next.rows; ++n)
+        f.before_is_wide ? expect_row<T>(f.before, next.first + n, columns) : expect_row<Store>(f.before, next.first + n, columns);
+    };
+    if (f.count <= 1) {
+      // without a task, what is before is kept: a residual of no ranks
+      const Task& task = f.count ? f.tasks[0] : Task{};
+      return f.before_is_wide ? fold_task<T>(f, task, rows, span, true, true, room.before_wide, room, expect)
+                              : fold_task<Store>(f, task, rows, span, true, true, room.before, room, expect);
+    }
+    f.before_is_wide ? fold_task<T>(f, f.tasks[0], rows, span, true, false, room.before_wide, room, expect)
+                     : fold_task<Store>(f, f.tasks[0], rows, span, true, false, room.before, room, expect);
+    for (int64_t i = 1; i < f.count; ++i)
+      fold_task<T>(f, f.tasks[i], rows, span, false, i + 1 == f.count, room.total, room, [](int64_t, int64_t) {});
+  }
+
+  // one task: of the first, from `before`, through `taken` if need be; of the last, to weight and master; else room.total
+  template <class From, class Expect>
+  static void fold_task(const Fold& f, const Task& task, const Rows& rows, Span span, bool first, bool last, From* taken,
+                        FoldRoom& room, const Expect& expect) {
+    FoldAt<From> at;
+    at.streaming = last && f.weight.at != f.before.at && in_place(f.weight, span);
+    for (int64_t n = 0; n < rows.rows; ++n) {
+      const int64_t row = rows.first + n;
+      at.from[n] = first ? row_values(f.before, row, span, taken + n * SPAN) : taken + n * SPAN;
+      at.wide[n] = last ? target(f.master, row, span, room.master + n * SPAN) : room.total + n * SPAN;
+      at.weight[n] = last ? target(f.weight, row, span, room.weight + n * SPAN) : nullptr;
+      at.streaming = at.streaming && reinterpret_cast<uintptr_t>(at.weight[n]) % 64 == 0;
+    }
+    fold_rows<FOLD_ROWS, From>(task, rows, span, f.columns, at, expect);
+    if (!last) return;
+    give_rows(f.master, rows, span, room.master);
+    give_rows(f.weight, rows, span, room.weight);
   }
 
   static constexpr Kernels table() {
-    return {PAIRS, TOKEN_BLOCK, FORWARD_ROWS, FOLD_ROWS, forward_scratch, forward, backward_scratch, backward, fold_scratch, fold};
+    return {PAIRS, TOKEN_BLOCK, FORWARD_ROWS, FOLD_CALL, forward_scratch, forward, backward_scratch, backward, fold_scratch, fold};
   }
 };
 
