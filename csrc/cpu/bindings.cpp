@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -37,11 +38,18 @@ void* room(const Maybe& tensor) { return tensor ? room(*tensor) : nullptr; }
 const void* data(const Maybe& tensor) { return room(tensor); }
 int64_t number(const Maybe& tensor) { return tensor ? *static_cast<const int64_t*>(tensor->data_ptr()) : 0; }
 
+// memory of torch's allocator, so that its profiler sees it
+std::shared_ptr<void> allocate(int64_t bytes) {
+  const auto tensor = std::make_shared<Tensor>(torch::stable::empty({bytes}, ScalarType::Byte));
+  return {tensor, tensor->data_ptr()};
+}
+
+void run(const std::function<void()>& body) {
+  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) { body(); });
+}
+
 stamina::Problem problem(const Tensor& weight, const std::vector<int64_t>& sizes, const std::string& instructions) {
-  const stamina::Threads threads = [](const std::function<void()>& body) {
-    torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) { body(); });
-  };
-  return {instructions, dtype_of(weight), sizes, weight.size(1), threads};
+  return {instructions, dtype_of(weight), sizes, weight.size(1), {torch::stable::get_num_threads(), run, allocate}};
 }
 
 stamina::Factors factors(const Tensor& a, const Tensor& b, const Maybe& p, const Maybe& q, const Maybe& bias,

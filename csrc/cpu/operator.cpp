@@ -2,9 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
 #include <memory>
-#include <new>
 #include <stdexcept>
 
 #include "../core/rounding.h"
@@ -67,49 +65,34 @@ const Kernels& kernels(const Problem& problem) {
   return of(generic::float32, generic::bfloat16, generic::float16);
 }
 
-// memory for vectors, not initialised
-class Buffer {
- public:
-  explicit Buffer(int64_t bytes) : at_(std::aligned_alloc(64, (std::max<int64_t>(bytes, 1) + 63) / 64 * 64)) {
-    if (!at_) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(at_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  void* at() const { return at_; }
-
- private:
-  void* at_;
-};
-
 // packed operands live as long as the call
 class Arena {
  public:
+  explicit Arena(const Surroundings& surroundings) : surroundings_(surroundings) {}
   template <class T>
   T* make(int64_t count) {
-    buffers_.push_back(std::make_unique<Buffer>(count * static_cast<int64_t>(sizeof(T))));
-    return static_cast<T*>(buffers_.back()->at());
+    buffers_.push_back(surroundings_.allocate(std::max<int64_t>(count * static_cast<int64_t>(sizeof(T)), 1)));
+    return static_cast<T*>(buffers_.back().get());
   }
 
  private:
-  std::vector<std::unique_ptr<Buffer>> buffers_;
+  const Surroundings& surroundings_;
+  std::vector<std::shared_ptr<void>> buffers_;
 };
 
-// work(item) for items 0 to count - 1, each once, in whatever order threads come to them
-void each(const Threads& threads, int64_t count, const std::function<void(int64_t)>& work) {
-  std::atomic<int64_t> next{0};
-  threads([&] {
-    for (int64_t item; (item = next.fetch_add(1)) < count;) work(item);
+// work(item, scratch of this thread) for items 0 to count - 1, each once, in whatever order threads come to them
+void each(const Surroundings& surroundings, int64_t count, int64_t bytes, const std::function<void(int64_t, void*)>& work) {
+  const int64_t stride = (bytes + 63) / 64 * 64;
+  const auto scratch = stride ? surroundings.allocate(stride * surroundings.threads) : nullptr;
+  std::atomic<int64_t> next{0}, workers{0};
+  surroundings.run([&] {
+    char* own = static_cast<char*>(scratch.get()) + workers.fetch_add(1) * stride;
+    for (int64_t item; (item = next.fetch_add(1)) < count;) work(item, own);
   });
 }
 
-// the same, with scratch memory for each thread
-void each(const Threads& threads, int64_t count, int64_t bytes, const std::function<void(int64_t, void*)>& work) {
-  std::atomic<int64_t> next{0};
-  threads([&] {
-    const Buffer scratch(bytes);
-    for (int64_t item; (item = next.fetch_add(1)) < count;) work(item, scratch.at());
-  });
+void each(const Surroundings& surroundings, int64_t count, const std::function<void(int64_t)>& work) {
+  each(surroundings, count, 0, [&](int64_t item, void*) { work(item); });
 }
 
 std::vector<Rows> cut(const std::vector<int64_t>& sizes, int64_t most) {
@@ -181,7 +164,7 @@ class Packer {
     const int64_t wide = padded(rank), k = problem_.k;
     T* to = arena_.make<T>(groups_ * columns_ * wide);
     const Store* from = static_cast<const Store*>(values);
-    each(problem_.threads, groups_, [&](int64_t g) {
+    each(problem_.surroundings, groups_, [&](int64_t g) {
       std::fill_n(to + g * columns_ * wide, columns_ * wide, T(0));
       for (int64_t r = 0; r < rank; ++r)
         for (int64_t c = 0; c < k; ++c) to[(g * columns_ + c) * wide + r] = core::widen(from[(g * rank + r) * k + c]);
@@ -200,7 +183,7 @@ class Packer {
       blocks.emplace_back(t0, block_of(tokens - t0, kernels_.token_block, PAD));
     constexpr int64_t AT_ONCE = 64;
     const int64_t cuts = (steps + AT_ONCE - 1) / AT_ONCE;
-    each(problem_.threads, static_cast<int64_t>(blocks.size()) * cuts, [&](int64_t item) {
+    each(problem_.surroundings, static_cast<int64_t>(blocks.size()) * cuts, [&](int64_t item) {
       const auto [t0, width] = blocks[item / cuts];
       const auto value = [&](int64_t t, int64_t c) {
         return t0 + t < tokens && c < problem_.k ? from[(t0 + t) * x.row + c * x.column] : Store{};
@@ -233,14 +216,14 @@ class Packer {
       if (kernels_.pairs) {
         const int64_t pairs = (tokens + 1) / 2;
         uint32_t* to = arena_.make<uint32_t>(pairs * columns_);
-        each(problem_.threads, pairs, [&](int64_t t) {
+        each(problem_.surroundings, pairs, [&](int64_t t) {
           for (int64_t c = 0; c < columns_; ++c) to[t * columns_ + c] = pair_of(value(2 * t, c), value(2 * t + 1, c));
         });
         return to;
       }
     }
     T* to = arena_.make<T>(tokens * columns_);
-    each(problem_.threads, tokens, [&](int64_t t) {
+    each(problem_.surroundings, tokens, [&](int64_t t) {
       for (int64_t c = 0; c < columns_; ++c) to[t * columns_ + c] = core::widen(value(t, c));
     });
     return to;
@@ -256,7 +239,7 @@ class Packer {
   const T* widened(const Store* from, int64_t count) {
     T* to = arena_.make<T>(count);
     constexpr int64_t AT_ONCE = 1 << 14;
-    each(problem_.threads, (count + AT_ONCE - 1) / AT_ONCE, [&](int64_t item) {
+    each(problem_.surroundings, (count + AT_ONCE - 1) / AT_ONCE, [&](int64_t item) {
       for (int64_t i = item * AT_ONCE; i < std::min(count, (item + 1) * AT_ONCE); ++i) to[i] = core::widen(from[i]);
     });
     return to;
@@ -265,7 +248,7 @@ class Packer {
   const T* ordered_left(const Store* from, int64_t rank) {
     T* to = arena_.make<T>(rows_ * rank);
     constexpr int64_t AT_ONCE = 1024;
-    each(problem_.threads, (rows_ + AT_ONCE - 1) / AT_ONCE, [&](int64_t item) {
+    each(problem_.surroundings, (rows_ + AT_ONCE - 1) / AT_ONCE, [&](int64_t item) {
       for (int64_t n = item * AT_ONCE; n < std::min(rows_, (item + 1) * AT_ONCE); ++n)
         for (int64_t r = 0; r < rank; ++r) to[n * rank + r] = core::widen(from[n * rank + ordered(r, rank)]);
     });
@@ -274,7 +257,7 @@ class Packer {
 
   const T* ordered_right(const Store* from, int64_t rank) {
     T* to = arena_.make<T>(groups_ * rank * columns_);
-    each(problem_.threads, groups_ * rank, [&](int64_t item) {
+    each(problem_.surroundings, groups_ * rank, [&](int64_t item) {
       const int64_t g = item / std::max<int64_t>(rank, 1), r = item - g * rank;
       const Store* row = from + (g * rank + ordered(r, rank)) * problem_.k;
       for (int64_t c = 0; c < columns_; ++c) to[item * columns_ + c] = c < problem_.k ? core::widen(row[c]) : T(0);
@@ -288,7 +271,7 @@ class Packer {
       const Bf16* l = static_cast<const Bf16*>(left);
       uint32_t* to_left = arena_.make<uint32_t>(rows_ * steps);
       constexpr int64_t AT_ONCE = 1024;
-      each(problem_.threads, (rows_ + AT_ONCE - 1) / AT_ONCE, [&](int64_t item) {
+      each(problem_.surroundings, (rows_ + AT_ONCE - 1) / AT_ONCE, [&](int64_t item) {
         for (int64_t n = item * AT_ONCE; n < std::min(rows_, (item + 1) * AT_ONCE); ++n)
           for (int64_t i = 0; i < steps; ++i) {
             const Bf16* pair = l + n * rank + 2 * i;
@@ -297,7 +280,7 @@ class Packer {
       });
       const Bf16* r = static_cast<const Bf16*>(right);
       uint32_t* to_right = arena_.make<uint32_t>(groups_ * steps * columns_);
-      each(problem_.threads, groups_ * steps, [&](int64_t item) {
+      each(problem_.surroundings, groups_ * steps, [&](int64_t item) {
         const int64_t g = item / steps, i = item % steps;
         const Bf16* row = r + (g * rank + 2 * i) * k;
         for (int64_t c = 0; c < columns_; ++c)
@@ -318,13 +301,13 @@ template <class Store>
 void forward_of(const Problem& problem, const Factors& f, Matrix y, Matrix x, int64_t tokens, Matrix weight, const void* past,
                 double* penalties) {
   const Kernels& code = kernels(problem);
-  Arena arena;
+  Arena arena(problem.surroundings);
   Packer<Store> pack(problem, code, arena);
   const auto strips = cut(problem.sizes, code.forward_rows);
   const auto count = static_cast<int64_t>(strips.size());
   std::vector<double> sums(penalties ? 2 * count : 0);
   const Forward call{pack.residual(f), weight, y, pack.token_blocks(x, tokens), tokens, penalties ? sums.data() : nullptr, past};
-  each(problem.threads, count, code.forward_scratch(call),
+  each(problem.surroundings, count, code.forward_scratch(call),
        [&](int64_t strip, void* scratch) { code.forward(call, strips[strip], strip, scratch); });
   if (!penalties) return;
   penalties[0] = penalties[1] = 0;
@@ -360,7 +343,7 @@ std::vector<Piece> pieces_of(const Problem& problem, int64_t rows, int64_t bytes
 // to [count, k] of rows of `columns` values, summed over the parts in their order
 template <class T>
 void add_parts(const Problem& problem, T* to, int64_t count, int64_t columns, const std::vector<const T*>& parts) {
-  each(problem.threads, count, [&](int64_t i) {
+  each(problem.surroundings, count, [&](int64_t i) {
     T* row = to + i * problem.k;
     std::fill_n(row, problem.k, T(0));
     for (const T* part : parts)
@@ -370,7 +353,7 @@ void add_parts(const Problem& problem, T* to, int64_t count, int64_t columns, co
 
 template <class T>
 void copy_ranks(const Problem& problem, T* to, const T* from, int64_t rows, int64_t rank) {
-  each(problem.threads, (rows + 1023) / 1024, [&](int64_t item) {
+  each(problem.surroundings, (rows + 1023) / 1024, [&](int64_t item) {
     for (int64_t n = item * 1024; n < std::min(rows, (item + 1) * 1024); ++n)
       std::copy_n(from + n * padded(rank), rank, to + n * rank);
   });
@@ -381,7 +364,7 @@ void backward_of(const Problem& problem, const Factors& f, const Gradients& to, 
                  Matrix weight, double tau, const void* past, double d_sparsity, double d_forgetting) {
   using T = typename Wide<Store>::Type;
   const Kernels& code = kernels(problem);
-  Arena arena;
+  Arena arena(problem.surroundings);
   Packer<Store> pack(problem, code, arena);
   const int64_t rows = pack.rows(), columns = pack.columns(), k = problem.k, row_bytes = columns * static_cast<int64_t>(sizeof(T));
   const bool factors = to.da != nullptr, gate = f.p != nullptr;
@@ -431,7 +414,7 @@ void backward_of(const Problem& problem, const Factors& f, const Gradients& to, 
   for (size_t i = pieces.size(); i-- > 0;) first_piece[pieces[i].split] = i;
   for (int64_t split = splits; split-- > 0;) first_piece[split] = std::min(first_piece[split], first_piece[split + 1]);
 
-  each(problem.threads, splits, code.backward_scratch(call), [&](int64_t split, void* scratch) {
+  each(problem.surroundings, splits, code.backward_scratch(call), [&](int64_t split, void* scratch) {
     if (call.need_x) std::fill_n(dx[split], tokens * columns, T(0));
     for (size_t i = first_piece[split]; i < first_piece[split + 1]; ++i) {
       if (sums[i].db) std::fill_n(static_cast<T*>(sums[i].db), f.r * columns, T(0));
@@ -458,13 +441,13 @@ template <class Store>
 void fold_of(const Problem& problem, const std::vector<Factors>& tasks, Matrix weight, Matrix before, bool before_is_wide,
              Matrix master) {
   const Kernels& code = kernels(problem);
-  Arena arena;
+  Arena arena(problem.surroundings);
   Packer<Store> pack(problem, code, arena);
   std::vector<Task> packed;
   for (const Factors& f : tasks) packed.push_back({pack.low_rank(f.a, f.b, f.r), pack.gate(f)});
   const Fold call{weight, before, master, before_is_wide, packed.data(), static_cast<int64_t>(packed.size()), problem.k, pack.columns()};
   const auto strips = cut(problem.sizes, code.fold_rows);
-  each(problem.threads, static_cast<int64_t>(strips.size()), code.fold_scratch(call),
+  each(problem.surroundings, static_cast<int64_t>(strips.size()), code.fold_scratch(call),
        [&](int64_t strip, void* scratch) { code.fold(call, strips[strip], scratch); });
 }
 

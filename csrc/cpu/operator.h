@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -15,15 +16,21 @@ enum class Dtype { float32, float64, bfloat16, float16 };
 // Names of the instruction sets that this build has and this machine can run, best first.
 std::vector<std::string> instruction_sets();
 
-// Runs body(worker) on every thread there is, each once or more often; body returns when no work is left.
-using Threads = std::function<void(const std::function<void()>&)>;
+// What the surroundings give: threads, and memory that their allocator accounts for.
+struct Surroundings {
+  int64_t threads;
+  // runs body on up to `threads` threads, at most so many times; body returns when no work is left
+  std::function<void(const std::function<void()>& body)> run;
+  // so many bytes, at a multiple of 64, not initialised, for as long as the pointer is held
+  std::function<std::shared_ptr<void>(int64_t bytes)> allocate;
+};
 
 struct Problem {
   std::string instructions;  // one of instruction_sets()
   Dtype dtype;               // of weight, x, y and the factors
   std::vector<int64_t> sizes;
   int64_t k;
-  Threads threads;
+  Surroundings surroundings;
 };
 
 // a [N, r], b [G, r, k], p [N, s], q [G, s, k] contiguous; bias [G] in float (double for float64); p and bias may be null
