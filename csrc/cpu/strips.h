@@ -70,7 +70,7 @@ template <class Store>
 STAMINA_INLINE void expect_row(const Matrix& matrix, int64_t row, Span span) {
   if (matrix.column != 1) return;
   const char* at = static_cast<const char*>(matrix.at) + (row * matrix.row + span.first) * static_cast<int64_t>(sizeof(Store));
-  for (int64_t byte = 0; byte < span.count * static_cast<int64_t>(sizeof(Store)); byte += 64) __builtin_prefetch(at + byte, 0, 3);
+  for (int64_t byte = 0; byte < span.count * static_cast<int64_t>(sizeof(Store)); byte += 64) __builtin_prefetch(at + byte, 0, 2);
 }
 
 template <class Store>
@@ -460,16 +460,18 @@ struct Operator {
 
   // rows of a block of a fold, and its vectors: whole blocks fill the registers
   static constexpr int FOLD_ROWS = block_rows(smaller(4, MOST_VECTORS)), FOLD_VECTORS = smaller(4, MOST_VECTORS);
+  // columns whose right factors stay in the nearest cache
+  static constexpr int64_t FOLD_COLUMNS = 128;
 
   struct FoldRoom {
     T *before_wide, *total, *master;
     Store *before, *weight;
     explicit FoldRoom(Scratch& scratch)
-        : before_wide(scratch.take<T>(FOLD_ROWS * SPAN)),
-          total(scratch.take<T>(FOLD_ROWS * SPAN)),
-          master(scratch.take<T>(FOLD_ROWS * SPAN)),
-          before(scratch.take<Store>(FOLD_ROWS * SPAN)),
-          weight(scratch.take<Store>(FOLD_ROWS * SPAN)) {}
+        : before_wide(scratch.take<T>(FOLD_ROWS * FOLD_COLUMNS)),
+          total(scratch.take<T>(FOLD_ROWS * FOLD_COLUMNS)),
+          master(scratch.take<T>(FOLD_ROWS * FOLD_COLUMNS)),
+          before(scratch.take<Store>(FOLD_ROWS * FOLD_COLUMNS)),
+          weight(scratch.take<Store>(FOLD_ROWS * FOLD_COLUMNS)) {}
   };
 
   static int64_t fold_scratch(const Fold&) {
@@ -500,7 +502,7 @@ struct Operator {
     if (!matrix.at || in_place(matrix, span)) return;
     for (int64_t n = 0; n < rows.rows; ++n) {
       To* to = static_cast<To*>(matrix.at) + (rows.first + n) * matrix.row + span.first * matrix.column;
-      for (int64_t c = 0; c < span.count; ++c) to[c * matrix.column] = room[n * SPAN + c];
+      for (int64_t c = 0; c < span.count; ++c) to[c * matrix.column] = room[n * FOLD_COLUMNS + c];
     }
   }
 
@@ -537,82 +539,84 @@ struct Operator {
         for (int v = 0; v < VECTORS; ++v) open[m][v] = gate_open(sums[m][v], bias);
     }
     low_rank_block(task.product, rows, first + c, columns, sums);
+    const bool streaming = at.streaming;
 #pragma GCC unroll 32
     for (int m = 0; m < ROWS; ++m) {
+      const From* from = at.from[m] + c;
+      T* wide = at.wide[m];
+      Store* weight = at.weight[m];
+      // a branch a row, not one a vector
 #pragma GCC unroll 8
       for (int v = 0; v < VECTORS; ++v) {
-        const int64_t column = c + v * F::width;
-        const F before = load(at.from[m] + column, F());
-        const F sum = gate ? fold_element(before, sums[m][v], open[m][v]) : fold_element(before, sums[m][v]);
-        if (at.wide[m]) store(at.wide[m] + column, sum);
-        if (at.weight[m]) at.streaming ? stream(at.weight[m] + column, sum) : store(at.weight[m] + column, sum);
+        const F before = load(from + v * F::width, F());
+        sums[m][v] = gate ? fold_element(before, sums[m][v], open[m][v]) : fold_element(before, sums[m][v]);
+      }
+      if (wide) {
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) store(wide + c + v * F::width, sums[m][v]);
+      }
+      if (weight && streaming) {
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) stream(weight + c + v * F::width, sums[m][v]);
+      } else if (weight) {
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) store(weight + c + v * F::width, sums[m][v]);
       }
     }
   }
 
-  template <int ROWS, class From, class Expect>
-  static void fold_rows(const Task& task, const Rows& rows, Span span, int64_t columns, const FoldAt<From>& at, const Expect& expect) {
+  template <int ROWS, class From>
+  static void fold_rows(const Task& task, const Rows& rows, Span span, int64_t columns, const FoldAt<From>& at) {
     if constexpr (ROWS > 0) {
-      if (rows.rows != ROWS) return fold_rows<ROWS - 1, From>(task, rows, span, columns, at, expect);
+      if (rows.rows != ROWS) return fold_rows<ROWS - 1, From>(task, rows, span, columns, at);
+      constexpr int64_t WHOLE = FOLD_VECTORS * F::width;
       int64_t c = 0;
-      for (; c + FOLD_VECTORS * F::width <= span.lanes; c += FOLD_VECTORS * F::width) {
-        expect(c, FOLD_VECTORS * F::width);
-        fold_block<ROWS, FOLD_VECTORS, From>(task, rows, span.first, c, columns, at);
-      }
-      for (; c < span.lanes; c += F::width) {
-        expect(c, F::width);
-        fold_block<ROWS, 1, From>(task, rows, span.first, c, columns, at);
-      }
+      for (; c + WHOLE <= span.lanes; c += WHOLE) fold_block<ROWS, FOLD_VECTORS, From>(task, rows, span.first, c, columns, at);
+      for (; c < span.lanes; c += F::width) fold_block<ROWS, 1, From>(task, rows, span.first, c, columns, at);
     }
   }
 
-  // Few rows at a time, with those that come next on their way from memory while this span is computed.
+  // By blocks of columns, whose right factors then stay in the nearest cache, and down their rows, each with the next ones on
+  // their way from memory.
   static void fold(const Fold& f, const Rows& all, void* memory) {
     Scratch scratch{static_cast<char*>(memory)};
     FoldRoom room(scratch);
-    for (int64_t done = 0; done < all.rows; done += FOLD_ROWS) {
-      const Rows rows{all.first + done, smaller(FOLD_ROWS, all.rows - done), all.group};
-      for (int64_t first = 0; first < f.k; first += SPAN) {
-        const bool last = first + SPAN >= f.k;
-        const Rows next{rows.first + (last ? FOLD_ROWS : 0), last ? smaller(FOLD_ROWS, all.rows - done - FOLD_ROWS) : rows.rows, 0};
-        fold_span(f, rows, span_at(first, f.k), next, last ? 0 : first + SPAN, room);
+    for (int64_t first = 0; first < f.k; first += FOLD_COLUMNS) {
+      const int64_t count = smaller(FOLD_COLUMNS, f.k - first);
+      const Span span{first, count, padded(count)};
+      for (int64_t done = 0; done < all.rows; done += FOLD_ROWS) {
+        const Rows rows{all.first + done, smaller(FOLD_ROWS, all.rows - done), all.group};
+        for (int64_t n = done + 2 * FOLD_ROWS; n < smaller(done + 3 * FOLD_ROWS, all.rows); ++n)
+          f.before_is_wide ? expect_row<T>(f.before, all.first + n, span) : expect_row<Store>(f.before, all.first + n, span);
+        fold_tasks(f, rows, span, room);
       }
     }
     drain();
   }
 
-  static void fold_span(const Fold& f, const Rows& rows, Span span, const Rows& next, int64_t next_first, FoldRoom& room) {
-    const auto expect = [&](int64_t c, int64_t count) {
-      const Span columns{next_first + c, smaller(count, f.k - next_first - c), 0};
-      for (int64_t n = 0; n < next.rows; ++n)
-        f.before_is_wide ? expect_row<T>(f.before, next.first + n, columns) : expect_row<Store>(f.before, next.first + n, columns);
-    };
-    if (f.count <= 1) {
-      // without a task, what is before is kept: a residual of no ranks
-      const Task& task = f.count ? f.tasks[0] : Task{};
-      return f.before_is_wide ? fold_task<T>(f, task, rows, span, true, true, room.before_wide, room, expect)
-                              : fold_task<Store>(f, task, rows, span, true, true, room.before, room, expect);
-    }
-    f.before_is_wide ? fold_task<T>(f, f.tasks[0], rows, span, true, false, room.before_wide, room, expect)
-                     : fold_task<Store>(f, f.tasks[0], rows, span, true, false, room.before, room, expect);
-    for (int64_t i = 1; i < f.count; ++i)
-      fold_task<T>(f, f.tasks[i], rows, span, false, i + 1 == f.count, room.total, room, [](int64_t, int64_t) {});
+  static void fold_tasks(const Fold& f, const Rows& rows, Span span, FoldRoom& room) {
+    // without a task, what is before is kept: a residual of no ranks
+    const Task none{}, &task = f.count ? f.tasks[0] : none;
+    const bool only = f.count <= 1;
+    f.before_is_wide ? fold_task<T>(f, task, rows, span, true, only, room.before_wide, room)
+                     : fold_task<Store>(f, task, rows, span, true, only, room.before, room);
+    for (int64_t i = 1; i < f.count; ++i) fold_task<T>(f, f.tasks[i], rows, span, false, i + 1 == f.count, room.total, room);
   }
 
   // one task: of the first, from `before`, through `taken` if need be; of the last, to weight and master; else room.total
-  template <class From, class Expect>
+  template <class From>
   static void fold_task(const Fold& f, const Task& task, const Rows& rows, Span span, bool first, bool last, From* taken,
-                        FoldRoom& room, const Expect& expect) {
+                        FoldRoom& room) {
     FoldAt<From> at;
     at.streaming = last && f.weight.at != f.before.at && in_place(f.weight, span);
     for (int64_t n = 0; n < rows.rows; ++n) {
-      const int64_t row = rows.first + n;
-      at.from[n] = first ? row_values(f.before, row, span, taken + n * SPAN) : taken + n * SPAN;
-      at.wide[n] = last ? target(f.master, row, span, room.master + n * SPAN) : room.total + n * SPAN;
-      at.weight[n] = last ? target(f.weight, row, span, room.weight + n * SPAN) : nullptr;
+      const int64_t row = rows.first + n, own = n * FOLD_COLUMNS;
+      at.from[n] = first ? row_values(f.before, row, span, taken + own) : taken + own;
+      at.wide[n] = last ? target(f.master, row, span, room.master + own) : room.total + own;
+      at.weight[n] = last ? target(f.weight, row, span, room.weight + own) : nullptr;
       at.streaming = at.streaming && reinterpret_cast<uintptr_t>(at.weight[n]) % 64 == 0;
     }
-    fold_rows<FOLD_ROWS, From>(task, rows, span, f.columns, at, expect);
+    fold_rows<FOLD_ROWS, From>(task, rows, span, f.columns, at);
     if (!last) return;
     give_rows(f.master, rows, span, room.master);
     give_rows(f.weight, rows, span, room.weight);
