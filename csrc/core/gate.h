@@ -23,6 +23,14 @@ STAMINA_INLINE F power_of_two(F x) {
   return power * from_bits(bits(shifted) << 23, x);
 }
 STAMINA_INLINE double power_of_two(double x) { return ::exp2(x); }
+#ifdef __CUDA_ARCH__
+// two instructions of a GPU, where small powers are 0; not a number stays one, as above
+STAMINA_INLINE float power_of_two(float x) {
+  asm("min.NaN.f32 %0, %0, 0f42FE0000;" : "+f"(x));
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+#endif
 
 // exp(-L)
 template <class F>
@@ -69,6 +77,12 @@ STAMINA_INLINE F log_two(F x) {
   return fused(series * t, F(2 * LOG2E), whole);
 }
 STAMINA_INLINE double log_two(double x) { return ::log2(x); }
+#ifdef __CUDA_ARCH__
+STAMINA_INLINE float log_two(float x) {
+  asm("lg2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+#endif
 
 // s (1 - s) / tau with s = sigmoid(z / tau), for any tau
 template <class F>

@@ -1,0 +1,37 @@
+// The launches, as bindings.cpp sees them: arguments checked and packed, workspaces allocated, nothing of torch. Every one runs
+// on the given stream of the current device, and throws std::runtime_error with kernel and sizes where a launch fails.
+#pragma once
+
+#include <cstdint>
+
+#include "arguments.h"
+
+namespace stamina::cuda {
+
+// T: Bf16 or Half. `stream` is a cudaStream_t.
+template <class T>
+void launch(const PackArguments&, int jobs, void* stream);
+template <class T>
+void launch(const ForwardArguments<T>&, void* stream);
+template <class T>
+void launch(const InputArguments<T>&, int64_t splits, void* stream);
+template <class T>
+void launch(const FactorArguments<T>&, int64_t chunks, void* stream);
+template <class T>
+void launch(const FoldArguments<T>&, void* stream);
+template <class T>
+void launch(const PenaltyArguments<T>&, void* stream);
+// T: Bf16, Half or float
+template <class T>
+void launch(const SumArguments<T>&, int64_t groups, void* stream);
+
+inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
+
+// Tokens of a block of the forward and of dX, in tiles of 8: the larger block where it makes fewer of them, for every block
+// makes the mask again.
+constexpr int FEW_TOKEN_TILES = 10, MANY_TOKEN_TILES = 16;
+inline int64_t token_tiles_of(int64_t tokens) {
+  return blocks_of(tokens, 8 * MANY_TOKEN_TILES) < blocks_of(tokens, 8 * FEW_TOKEN_TILES) ? MANY_TOKEN_TILES : FEW_TOKEN_TILES;
+}
+
+}  // namespace stamina::cuda

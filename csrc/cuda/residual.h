@@ -1,0 +1,137 @@
+// A strip of 16 rows of A B and of L = P Q, straight from the tensor core, and the noise and gate of its entries.
+//
+// Every kernel makes L by the same products in the same order and tests it by the same lines, so that one mask is seen by all.
+#pragma once
+
+#include "../core/fold.h"
+#include "../core/gate.h"
+#include "arguments.h"
+#include "device.h"
+
+namespace stamina::cuda {
+
+STAMINA_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % WARP; }
+STAMINA_DEVICE int warp_id() { return static_cast<int>(threadIdx.x) / WARP; }
+
+// A strip of one row tile, as one lane sees it.
+struct Strip {
+  int64_t row;  // its first row: the other one is 8 further on
+  int64_t end;  // of the tile
+  STAMINA_DEVICE Strip(const Tile& tile, int strip)
+      : row(tile.first + strip * STRIP_ROWS + lane_row(lane_id())), end(tile.end) {}
+  STAMINA_DEVICE bool exists(int half) const { return row + 8 * half < end; }
+};
+
+// left right of 16 rows and of one quarter of the two sub-blocks of a pair; FEW: one product of 16 ranks, whose left operand
+// stays in registers.
+template <class T, bool FEW>
+class LowRank {
+ public:
+  STAMINA_DEVICE LowRank(const uint4* left, const uint4* right, int64_t steps, const Tile& tile, int strip, int64_t spans)
+      : left_(left + (tile.index * STRIPS + strip) * steps * WARP + lane_id()),
+        right_(right),
+        group_(tile.group),
+        spans_(spans),
+        steps_(FEW ? 1 : steps) {
+    if (FEW) kept_ = load16(left_);
+  }
+
+  STAMINA_DEVICE void product(int64_t span, int quarter, int pair, float (&d)[2][4]) const {
+    const uint4* right = right_ + right_index(group_, spans_, span, steps_, quarter, pair, lane_id());
+#pragma unroll
+    for (int v = 0; v < 4; ++v) d[0][v] = d[1][v] = 0.0f;
+    for (int64_t step = 0; step < (FEW ? 1 : steps_); ++step) {
+      const uint4 l = FEW ? kept_ : load16(left_ + step * WARP), r = load16(right + step * RIGHT_STEP);
+      const uint32_t a[4] = {l.x, l.y, l.z, l.w};
+      multiply<T>(d[0], a, r.x, r.y);
+      multiply<T>(d[1], a, r.z, r.w);
+    }
+  }
+
+ private:
+  const uint4 *left_, *right_;
+  int64_t group_, spans_, steps_;
+  uint4 kept_;
+};
+
+// The Philox words of both rows of a lane and of its columns of QUARTERS_OWNED quarters, for one span.
+template <int QUARTERS_OWNED>
+class Noise {
+ public:
+  STAMINA_DEVICE Noise(const Factors& factors, const Strip& strip)
+      : present(factors.seed != nullptr), step_(0), key_{0, 0}, rows_{} {
+    if (!present) return;
+    step_ = *factors.step;
+    key_ = core::key_of(*factors.seed);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      rows_[half] = core::philox_row(static_cast<uint32_t>(strip.row + 8 * half), step_, key_);
+  }
+
+  STAMINA_DEVICE void draw(int64_t span, int first_quarter) {
+    if (!present) return;
+#pragma unroll
+    for (int c = 0; c < 2 * QUARTERS_OWNED; ++c) {
+      const int column = column_of(first_quarter + c / 2, 2 * lane_pair(lane_id()) + c % 2);
+      const auto group = core::philox_group(core::noise_group(span * SPAN + column), step_, key_);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto words = core::philox(group, rows_[half], key_);
+#pragma unroll
+        for (int pair = 0; pair < PAIRS; ++pair) words_[pair][c][half] = words.word[pair];
+      }
+    }
+  }
+
+  // u of entry 0 to 3 of a quarter (counted from the first one owned), of sub-block ODD of a pair
+  template <int ODD>
+  STAMINA_DEVICE float uniform(int pair, int quarter, int entry) const {
+    return uniform_of<ODD>(words_[pair][2 * quarter + entry % 2][entry / 2]);
+  }
+
+  bool present;
+
+ private:
+  int64_t step_;
+  core::Key key_;
+  core::PhiloxRow rows_[2];
+  uint32_t words_[PAIRS][2 * QUARTERS_OWNED][2];
+};
+
+// M of the four entries of sub-block ODD
+template <int ODD, int OWNED>
+STAMINA_DEVICE void gate(const Noise<OWNED>& noise, int pair, int quarter, const float (&product)[4], float bias,
+                         bool (&open)[4]) {
+#pragma unroll
+  for (int v = 0; v < 4; ++v) {
+    if (noise.present) {
+      const float u = noise.template uniform<ODD>(pair, quarter, v);
+      open[v] = core::greater(u, core::odds_against(product[v], bias, u));
+    } else {
+      open[v] = core::gate_open(product[v], bias);
+    }
+  }
+}
+
+// ---- rows of matrices of any strides ------------------------------------------------------------------------------------
+
+// Eight neighbouring columns of a row of half-precision numbers; zeros where there are none.
+template <class T>
+STAMINA_DEVICE uint4 load_eight(const View<const T>& view, int64_t row, int64_t column, bool exists, int64_t columns) {
+  const T* at = view.at + row * view.row + column * view.column;
+  uint4 eight{0, 0, 0, 0};
+  if (view.wide) return exists && column < columns ? load16(at) : eight;
+  // a loop, so that this path takes few registers from the other one: every number comes in at the upper end
+#pragma unroll 1
+  for (int n = 0; n < HALVES; ++n) {
+    const uint32_t number = exists && column + n < columns ? at[n * view.column].bits : 0;
+    eight = {eight.x >> 16 | eight.y << 16, eight.y >> 16 | eight.z << 16, eight.z >> 16 | eight.w << 16,
+             eight.w >> 16 | number << 16};
+  }
+  return eight;
+}
+
+// the words of eight numbers by number
+STAMINA_DEVICE uint32_t word_of(const uint4& v, int n) { return n == 0 ? v.x : n == 1 ? v.y : n == 2 ? v.z : v.w; }
+
+}  // namespace stamina::cuda

@@ -1,0 +1,304 @@
+// A GPU for a plain compiler: csrc/cuda/ptx.h lane by lane, from the tables of the PTX ISA, and the threads of a block as fibers.
+//
+// A block's threads take turns, each until it needs the others. Shared memory starts as not-a-number; asynchronous copies
+// happen when they are waited for and not before, so that a missing wait shows; 16-byte accesses must be aligned.
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "../../csrc/core/philox.h"
+#include "../../csrc/core/rounding.h"
+
+#define STAMINA_DEVICE inline
+#define __global__
+#define __launch_bounds__(...)
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+namespace stamina::cuda::emulated {
+
+struct Index {
+  unsigned x, y, z;
+};
+
+constexpr int LANE_COUNT = 32;
+
+// what the lanes of a warp, or the threads of a block, wait for together
+struct Meeting {
+  int arrived = 0;
+  int64_t round = 0;
+};
+
+struct Copy {
+  void* to;
+  const void* from;
+  bool exists;
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  bool done = false;
+  int id = 0;
+  std::vector<std::vector<Copy>> groups{1};  // asynchronous copies, the open group last
+};
+
+// what the lanes of a warp show each other; two, since a lane may be one exchange ahead
+struct Exchange {
+  uint32_t word[2][LANE_COUNT][8];
+  Meeting meeting;
+};
+
+struct Block {
+  std::vector<Fiber> fibers;
+  std::vector<Exchange> warps;
+  Meeting everyone;
+  std::vector<unsigned char> memory;
+  unsigned char* shared = nullptr;
+  ucontext_t scheduler;
+  Fiber* now = nullptr;
+  void (*body)(const void*) = nullptr;
+  const void* arguments = nullptr;
+};
+
+inline Block* block = nullptr;
+inline Index block_index{}, thread_index{};
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulated GPU: %s (block %u %u %u, thread %u)\n", what, block_index.x, block_index.y, block_index.z,
+               thread_index.x);
+  std::abort();
+}
+
+inline void others() {
+  Fiber* me = block->now;
+  swapcontext(&me->context, &block->scheduler);
+}
+
+inline void meet(Meeting& meeting, int expected) {
+  const int64_t round = meeting.round;
+  if (++meeting.arrived == expected) {
+    meeting.arrived = 0;
+    ++meeting.round;
+    return;
+  }
+  while (meeting.round == round) others();
+}
+
+inline int lane() { return block->now->id % LANE_COUNT; }
+inline Exchange& warp() { return block->warps[block->now->id / LANE_COUNT]; }
+
+// shows `count` words to the other lanes; their words, by lane
+inline const uint32_t (*exchange(const uint32_t* words, int count))[8] {
+  Exchange& with = warp();
+  auto* board = with.word[with.meeting.round % 2];
+  for (int n = 0; n < count; ++n) board[lane()][n] = words[n];
+  meet(with.meeting, LANE_COUNT);
+  return board;
+}
+
+inline void enter() {
+  block->body(block->arguments);
+  block->now->done = true;
+  swapcontext(&block->now->context, &block->scheduler);
+}
+
+// the threads of a block take their turns in this order
+enum class Order { forward, backward };
+inline Order order = Order::forward;
+
+template <class Arguments>
+struct Call {
+  void (*kernel)(Arguments);
+  const Arguments* arguments;
+  static void run(const void* self) {
+    const Call* call = static_cast<const Call*>(self);
+    call->kernel(*call->arguments);
+  }
+};
+
+inline void run_block(int threads, int shared_bytes, void (*body)(const void*), const void* arguments,
+                      std::vector<std::unique_ptr<char[]>>& stacks) {
+  constexpr size_t STACK = 128 << 10;
+  Block current;
+  block = &current;
+  current.fibers = std::vector<Fiber>(threads);
+  current.warps = std::vector<Exchange>((threads + LANE_COUNT - 1) / LANE_COUNT);
+  current.memory.assign(shared_bytes + 128, 0xff);
+  current.shared = current.memory.data() + (128 - reinterpret_cast<uintptr_t>(current.memory.data()) % 128) % 128;
+  current.body = body;
+  current.arguments = arguments;
+  for (int n = 0; n < threads; ++n) {
+    Fiber& fiber = current.fibers[n];
+    fiber.id = n;
+    if (static_cast<int>(stacks.size()) <= n) stacks.emplace_back(new char[STACK]);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = stacks[n].get();
+    fiber.context.uc_stack.ss_size = STACK;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, enter, 0);
+  }
+  for (int left = threads; left;) {
+    left = 0;
+    for (int turn = 0; turn < threads; ++turn) {
+      Fiber& fiber = current.fibers[order == Order::forward ? turn : threads - 1 - turn];
+      if (fiber.done) continue;
+      current.now = &fiber;
+      thread_index = {static_cast<unsigned>(fiber.id), 0, 0};
+      swapcontext(&current.scheduler, &fiber.context);
+      left += !fiber.done;
+    }
+  }
+  block = nullptr;
+}
+
+template <class Arguments>
+void launch(void (*kernel)(Arguments), int64_t x, int64_t y, int64_t z, int threads, int shared_bytes,
+            const Arguments& arguments) {
+  std::vector<std::unique_ptr<char[]>> stacks;
+  const Call<Arguments> call{kernel, &arguments};
+  for (int64_t c = 0; c < z; ++c) {
+    for (int64_t b = 0; b < y; ++b) {
+      for (int64_t a = 0; a < x; ++a) {
+        block_index = {static_cast<unsigned>(a), static_cast<unsigned>(b), static_cast<unsigned>(c)};
+        run_block(threads, shared_bytes, Call<Arguments>::run, &call, stacks);
+      }
+    }
+  }
+}
+
+inline void check_aligned(const void* pointer) {
+  if (reinterpret_cast<uintptr_t>(pointer) % 16) fail("a 16-byte access is not aligned");
+}
+
+}  // namespace stamina::cuda::emulated
+
+#define threadIdx (stamina::cuda::emulated::thread_index)
+#define blockIdx (stamina::cuda::emulated::block_index)
+
+inline void __syncthreads() {
+  auto& block = *stamina::cuda::emulated::block;
+  stamina::cuda::emulated::meet(block.everyone, static_cast<int>(block.fibers.size()));
+}
+inline void __syncwarp() { stamina::cuda::emulated::exchange(nullptr, 0); }
+
+namespace stamina::cuda {
+
+using core::Bf16;
+using core::Half;
+
+inline unsigned char* shared_memory() { return emulated::block->shared; }
+
+inline uint4 load16(const void* from) {
+  emulated::check_aligned(from);
+  return *static_cast<const uint4*>(from);
+}
+
+inline void copy16(void* to, const void* from, bool exists) {
+  emulated::check_aligned(to);
+  emulated::check_aligned(from);
+  emulated::block->now->groups.back().push_back({to, from, exists});
+}
+inline void end_copies() { emulated::block->now->groups.emplace_back(); }
+template <int COUNT>
+void copies_left() {
+  auto& groups = emulated::block->now->groups;
+  while (groups.size() > COUNT + 1) {
+    for (const auto& copy : groups.front()) copy.exists ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+    groups.erase(groups.begin());
+  }
+}
+
+template <class T>
+float half_of(uint32_t word, int upper) {
+  return core::widen(T{static_cast<uint16_t>(upper ? word >> 16 : word)});
+}
+
+// mma.m16n8k16: groupID = lane / 4, threadID_in_group = lane % 4; PTX ISA, "Matrix fragments for mma.m16n8k16"
+template <class T>
+void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const auto* all = emulated::exchange(mine, 6);
+  for (int entry = 0; entry < 4; ++entry) {
+    const int row = emulated::lane() / 4 + (entry < 2 ? 0 : 8), column = emulated::lane() % 4 * 2 + (entry & 1);
+    float sum = 0.0f;
+    for (int k = 0; k < 16; ++k) {
+      // the lane and register that hold A[row, k] and B[k, column]
+      const int of_a = row % 8 * 4 + k % 8 / 2, register_a = (row < 8 ? 0 : 1) + (k < 8 ? 0 : 2);
+      const int of_b = column * 4 + k % 8 / 2, register_b = 4 + (k < 8 ? 0 : 1);
+      sum += half_of<T>(all[of_a][register_a], k % 2) * half_of<T>(all[of_b][register_b], k % 2);
+    }
+    d[entry] += sum;
+  }
+}
+
+// mma.m16n8k8 for .tf32
+inline void multiply_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
+  const auto tf32 = [](float value) { return core::bits(value) & 0xffffe000u; };
+  const uint32_t mine[6] = {tf32(a0), tf32(a1), tf32(a2), tf32(a3), tf32(b0), tf32(b1)};
+  const auto* all = emulated::exchange(mine, 6);
+  for (int entry = 0; entry < 4; ++entry) {
+    const int row = emulated::lane() / 4 + (entry < 2 ? 0 : 8), column = emulated::lane() % 4 * 2 + (entry & 1);
+    float sum = 0.0f;
+    for (int k = 0; k < 8; ++k) {
+      const float a = core::from_bits(all[row % 8 * 4 + k % 4][(row < 8 ? 0 : 1) + (k < 4 ? 0 : 2)], 0.0f);
+      const float b = core::from_bits(all[column * 4 + k % 4][4 + (k < 4 ? 0 : 1)], 0.0f);
+      sum += a * b;
+    }
+    d[entry] += sum;
+  }
+}
+
+// ldmatrix.x4.trans: lane L gives the address of row L % 8 of matrix L / 8
+inline void load_transposed(uint32_t (&r)[4], const void* row) {
+  emulated::check_aligned(row);
+  const uint64_t address = reinterpret_cast<uintptr_t>(row);
+  const uint32_t mine[2] = {static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32)};
+  const auto* all = emulated::exchange(mine, 2);
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    uint32_t both = 0;
+    for (int n = 0; n < 2; ++n) {
+      const auto& words = all[matrix * 8 + emulated::lane() % 4 * 2 + n];
+      const uint64_t from = words[0] | static_cast<uint64_t>(words[1]) << 32;
+      both |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[emulated::lane() / 4]) << (16 * n);
+    }
+    r[matrix] = both;
+  }
+}
+
+template <class T>
+uint32_t pack(float low, float high) {
+  return core::narrow<T>(low).bits | static_cast<uint32_t>(core::narrow<T>(high).bits) << 16;
+}
+template <class T>
+void unpack(uint32_t both, float& low, float& high) {
+  low = half_of<T>(both, 0);
+  high = half_of<T>(both, 1);
+}
+
+// prmt.b32 in its default mode: byte n of the result is byte (selector >> 4 n) % 8 of the pair
+inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  const uint64_t pair = a | static_cast<uint64_t>(b) << 32;
+  uint32_t result = 0;
+  for (int n = 0; n < 4; ++n) result |= static_cast<uint32_t>(pair >> (8 * (selector >> (4 * n) & 7)) & 0xff) << (8 * n);
+  return result;
+}
+template <int ODD>
+float uniform_of(uint32_t word) {
+  return core::from_bits(byte_permute(word, 0x4300u, ODD ? 0x5432 : 0x5410), 0.0f) - (128.0f - 0x1p-17f);
+}
+
+}  // namespace stamina::cuda

@@ -1,0 +1,142 @@
+"""The CUDA kernels without a GPU: the text that nvcc compiles, run lane by lane by tests/cuda/emulated.h.
+
+This proves which thread reads and writes what, every product's operands, the order of copies and barriers, the bindings and
+stamina_fast/cuda.py. It cannot prove that a GPU's instructions do what the PTX ISA says, nor anything about time.
+"""
+
+import ctypes
+from types import SimpleNamespace
+
+import pytest
+import torch
+from cases import NAMES, NOISE, PULL, assert_close, problem, specified, strided
+from cudaemulation import COMPILER, build
+
+import stamina_fast as sf
+from stamina_fast import cuda, reference
+
+pytestmark = [pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"), pytest.mark.timeout(600)]
+# tokens, k, sizes, r, s: ragged, with an empty projection; a second span and odd widths; two blocks of tokens, ranks over 16
+RAGGED = (5, 40, (7, 70, 0, 3), 3, 5)
+ODD = (17, 259, (2, 33), 2, 1)
+RANKS = (90, 264, (80,), 20, 40)
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    library = build(tmp_path_factory.mktemp("cuda"))
+    torch.ops.load_library(str(library))
+    return SimpleNamespace(order=ctypes.CDLL(str(library)).stamina_emulated_backward)
+
+
+def run(grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7, past=None):
+    """As `cases.run`, of the cuda backend."""
+    seed, step = (None, None) if noise is None else noise.tensors(torch.device("cpu"))
+    factors = (a, b, p, q, gate_bias, sizes, seed, step)
+    pull = () if past is None else (past, *(torch.tensor(g) for g in PULL))
+    gradients = cuda.backward(grad, x, weight, *factors, torch.tensor(tau), True, True, *pull)
+    if past is None:
+        return cuda.forward(x, weight, *factors), *gradients
+    y, *penalties = cuda.forward_penalties(x, weight, *factors, past)
+    return y, *gradients, *penalties
+
+
+def check(arguments, sizes, **options):
+    got, wanted = run(*arguments, sizes, **options), list(specified(*arguments, sizes, **options))
+    if arguments[-1] is None:
+        wanted[NAMES.index("dc")] = None
+    assert_close(got, wanted, arguments[1].dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "options"), [
+    (RAGGED, {}), (RAGGED, {"tau": 1.0}), (RAGGED, {"noise": None}), (ODD, {"past": True}), (RANKS, {"past": True}),
+], ids=["ragged", "tau 1", "no noise", "odd, penalties", "ranks, penalties"])
+def test_equals_the_specification(emulated, shape, options, dtype):
+    arguments = problem(*shape, dtype)
+    if "past" in options:
+        options = options | {"past": torch.randn(arguments[2].shape, generator=torch.Generator().manual_seed(1))}
+    check(arguments, shape[2], **options)
+
+
+def test_without_a_gate_and_without_a_bias(emulated):
+    check(problem(*RAGGED, torch.bfloat16, gate=False), RAGGED[2])
+    check(problem(*RAGGED, torch.bfloat16, bias=False), RAGGED[2])
+
+
+@pytest.mark.parametrize("kind", ["transposed", "gaps"])
+def test_any_strides(emulated, kind):
+    arguments = [strided(t, kind) if n < 3 else t for n, t in enumerate(problem(*RAGGED, torch.float16))]
+    check(arguments, RAGGED[2])
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 81, 129])
+def test_tokens_at_the_edges_of_tiles(emulated, tokens):
+    check(problem(tokens, 72, (20,), 1, 1, torch.bfloat16), (20,))
+
+
+def test_the_order_of_threads_does_not_matter(emulated):
+    """A missing barrier lets the order in which threads take their turns show."""
+    arguments = problem(*ODD, torch.bfloat16)
+    first = run(*arguments, ODD[2], past=arguments[2].float())
+    emulated.order(1)
+    try:
+        second = run(*arguments, ODD[2], past=arguments[2].float())
+    finally:
+        emulated.order(0)
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("with_master", [False, True], ids=["alone", "master"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fold_and_rebuild(emulated, dtype, with_master):
+    for shape in (RAGGED, ODD):
+        weight, *factors = problem(*shape, dtype)[2:]
+        weight[0, 0] = -0.0
+        tasks = [tuple(factors), (*factors[:2], None, None, None), tuple(factors)]
+        for start in (tasks[:1], tasks):
+            ours, eager = weight.clone(), weight.clone()
+            masters = [weight.float() + 1e-4 for _ in range(2)] if with_master else [None, None]
+            cuda.rebuild_(ours, weight, start, shape[2], masters[0])
+            reference.rebuild_(eager, weight, start, sizes=shape[2], master=masters[1])
+            # small matrices: sums of few ranks in the same order
+            assert torch.allclose(ours.float(), eager.float(), rtol=2 * torch.finfo(dtype).eps)
+            if with_master:
+                assert torch.allclose(*masters, rtol=1e-6, atol=1e-6)
+                assert torch.equal(ours, masters[0].to(dtype))
+        folded = weight.clone()
+        cuda.fold_(folded, *factors, shape[2], None)
+        closed = ~sf.gate_mask(*factors[2:], sizes=shape[2], dtype=dtype)
+        assert torch.equal(folded[closed].view(torch.int16), weight[closed].view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("noise", [NOISE, None], ids=["noise", "plain"])
+def test_one_mask_everywhere(emulated, dtype, noise):
+    """The mask read off the forward, dx and dA, with A B = 1, W = 0 and unit inputs, is that of the reference."""
+    sizes, k = (33, 7), 300
+    rows = sum(sizes)
+    *_, p, q, gate_bias = problem(1, k, sizes, 1, 4, dtype)
+    a, b, zero = torch.ones(rows, 1), torch.ones(2, 1, k), torch.zeros(rows, k, dtype=dtype)
+    seed, step = (None, None) if noise is None else noise.tensors(torch.device("cpu"))
+    factors = (p, q, gate_bias, sizes, seed, step)
+    forward = cuda.forward(torch.eye(k, dtype=dtype), zero, a, b, *factors).T.float()
+    unit = torch.eye(rows, dtype=dtype)
+    tau = torch.tensor(1.0)
+    through_x = cuda.backward(unit, zero, zero, a, b, *factors, tau, True, False)[0].float()
+    ones = torch.ones(1, k, dtype=dtype)
+    wide = torch.ones(rows, k), torch.eye(k).repeat(2, 1, 1)
+    through_a = cuda.backward(ones[:, :1].expand(1, rows), ones, zero, *wide, *factors, tau, False, True)[1]
+    wanted = sf.gate_mask(p, q, gate_bias, sizes=sizes, noise=noise, dtype=dtype).float()
+    for mask in (forward, through_x, through_a):
+        assert torch.equal(mask, wanted)
+    assert 0.2 < wanted.mean() < 0.8
+
+
+def test_without_tokens_only_the_penalties_pull(emulated):
+    grad, x, weight, *factors = problem(*RAGGED, torch.bfloat16)
+    past = weight.float()
+    arguments = (grad[:0], x[:0], weight, *factors)
+    check(arguments, RAGGED[2], past=past)
