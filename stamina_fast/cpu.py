@@ -7,7 +7,10 @@ multiplied in pairs.
 
 from __future__ import annotations
 
+import os
+import shutil
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -18,7 +21,8 @@ from .reference import compute_dtype
 _FACTORS = "Tensor a, Tensor b, Tensor? p, Tensor? q, Tensor? gate_bias, int[] sizes, Tensor? seed, Tensor? step"
 _library = torch.library.Library("stamina_fast", "FRAGMENT")
 _library.define(
-    f"cpu_forward(Tensor x, Tensor weight, {_FACTORS}, Tensor? past, Tensor(a!) y, Tensor(b!)? penalties, str instructions) -> ()"
+    f"cpu_forward(Tensor x, Tensor weight, {_FACTORS}, Tensor? past, Tensor(a!) y, Tensor(b!)? penalties, "
+    "str instructions) -> ()"
 )
 _library.define(
     f"cpu_backward(Tensor grad, Tensor x, Tensor weight, {_FACTORS}, float tau, Tensor? past, float d_sparsity, "
@@ -26,23 +30,36 @@ _library.define(
     "str instructions) -> ()"
 )
 _library.define(
-    "cpu_fold_(Tensor(a!) weight, Tensor before, Tensor[] a, Tensor[] b, Tensor[] p, Tensor[] q, Tensor[] gate_bias, int[] sizes, "
-    "Tensor(b!)? master, str instructions) -> ()"
+    "cpu_fold_(Tensor(a!) weight, Tensor before, Tensor[] a, Tensor[] b, Tensor[] p, Tensor[] q, Tensor[] gate_bias, "
+    "int[] sizes, Tensor(b!)? master, str instructions) -> ()"
 )
 _library.define("cpu_instruction_sets() -> str")
+
+
+def _missing() -> str:
+    """Why the compiled part was not built, as the build left it, or as it would be here; and the remedy."""
+    reason = Path(__file__).with_name("_C_cpu.reason")
+    if reason.exists():
+        said = reason.read_text().strip()
+    elif shutil.which("cmake") is None:
+        said = "no cmake is found; pip install cmake ninja"
+    elif not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        said = "no C++ compiler is found; install one (Debian: g++)"
+    else:
+        said = "it was not built when this was installed; pip's output with --verbose says why"
+    return f"{said}, then install again with --no-build-isolation"
 
 
 @cache
 def load() -> str:
     """Load the compiled library; why it cannot be, or an empty string."""
-    folder = Path(__file__).parent
-    candidates = sorted(folder.glob("_C_cpu*"))
-    if not candidates:
-        return "the compiled part is missing; reinstall where a C++ compiler is found (README, Install)"
+    found = find_spec(f"{__package__}._C_cpu")
+    if found is None:
+        return f"the compiled part is missing: {_missing()} (README, Install)"
     try:
-        torch.ops.load_library(str(candidates[0]))
+        torch.ops.load_library(found.origin)
     except OSError as error:
-        return f"{candidates[0].name} cannot be loaded: {error}; it was built for another torch or machine: reinstall"
+        return f"{Path(found.origin).name} cannot be loaded: {error}; it was built for another torch or machine: reinstall"
     return ""
 
 
@@ -78,8 +95,8 @@ def forward_penalties(
     x, weight, a, b, p, q, gate_bias, sizes, seed, step, past, *, instructions: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(Y, sparsity, forgetting) from one M ⊙ A B; past [N, k] or None. Without tokens, weight may be expanded from a scalar."""
-    y, sums = x.new_empty(x.shape[0], weight.shape[0]), torch.zeros(2, dtype=torch.float64)
-    if weight.numel():
+    y, sums = x.new_empty(x.shape[0], weight.shape[0]), x.new_zeros(2, dtype=torch.float64)
+    if y.numel() or weight.numel():
         _forward(x, weight, (a, b, p, q, gate_bias), sizes, seed, step, past, y, sums, instructions)
     exact = compute_dtype(x.dtype)
     return y, (sums[0] / max(1, weight.numel())).to(exact) * (p is not None), sums[1].to(exact)
@@ -100,14 +117,14 @@ def backward(
     exact = compute_dtype(x.dtype)
 
     def room(like: Tensor | None, needed: bool) -> Tensor | None:
-        return torch.empty(like.shape, dtype=exact) if needed and like is not None else None
+        return torch.empty(like.shape, dtype=exact, device=like.device) if needed and like is not None else None
 
     results = room(x, need_x), *(room(t, need_factors) for t in (a, b, p, q, gate_bias))
     if need_x or need_factors:
+        pull = (0.0 if d is None else float(d) for d in (d_sparsity, d_forgetting))
         torch.ops.stamina_fast.cpu_backward(
             grad, x, weight, *_factors(x.dtype, a, b, p, q, gate_bias), list(sizes), seed, step, float(tau),
-            _past(None if d_forgetting is None else past, x.dtype), *(float(0 if d is None else d) for d in (d_sparsity, d_forgetting)),
-            *results, instructions or instruction_sets()[0],
+            _past(None if d_forgetting is None else past, x.dtype), *pull, *results, instructions or instruction_sets()[0],
         )  # fmt: skip
     return results
 

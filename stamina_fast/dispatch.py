@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+from . import cpu
+
 NAMES = ("reference", "cpu", "triton", "cuda")
 
 # backends that became an architecture's default, by a committed result on that architecture: {(9, 0): "triton"}
@@ -50,7 +52,7 @@ def backends() -> dict[str, tuple[bool, str]]:
     """{"reference" | "cpu" | "triton" | "cuda": (available, reason)}."""
     return {
         "reference": (True, "plain torch, anywhere"),
-        "cpu": (False, "not part of this version"),
+        "cpu": (not cpu.load(), cpu.load() or f"threads, {' or '.join(cpu.instruction_sets())}"),
         "triton": (_triton()[0] is not None, _triton()[1]),
         "cuda": (False, "not part of this version"),
     }
@@ -61,6 +63,8 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     available, reason = backends()[name]
     if not available:
         return reason
+    if name == "cpu" and device.type != "cpu":
+        return f"it runs cpu tensors, got {device.type}"
     if name == "triton":
         wanted = "cpu" if interpreted() else "cuda"
         if device.type != wanted:
@@ -73,7 +77,8 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def choose(requested: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend for a call: the argument, else STAMINA_BACKEND, else what has been verified on this architecture.
+    """The backend for a call: the argument, else STAMINA_BACKEND, else what has been verified on this GPU's architecture, or
+    the compiled one on a CPU, else the reference.
 
     Raises ValueError for an unknown name, RuntimeError with the reason where the named backend cannot run the call.
     """
@@ -89,4 +94,4 @@ def choose(requested: str | None, device: torch.device, dtype: torch.dtype) -> s
         verified = VERIFIED.get(torch.cuda.get_device_capability(device))
         if verified and _refusal(verified, device, dtype) is None:
             return verified
-    return "reference"
+    return "cpu" if _refusal("cpu", device, dtype) is None else "reference"

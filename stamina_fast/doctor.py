@@ -78,6 +78,12 @@ def report(console: Console) -> bool:
     for name, (available, reason) in dispatch.backends().items():
         backends.add_row(name, "available" if available else "refused", reason)
     console.print(backends, "")
+    verified = _table("verified on GPUs", "architecture", "default")
+    for (major, minor), name in sorted(dispatch.VERIFIED.items()):
+        verified.add_row(f"sm_{major}{minor}", name)
+    if not dispatch.VERIFIED:
+        verified.add_row("none yet", "reference, until a result is committed; backend= or STAMINA_BACKEND chooses another")
+    console.print(verified, "")
     default = dispatch.choose(None, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
     console.print(f"masked_linear on this machine runs on: {default}")
     console.print("everything required is there" if complete else "something required is missing: see the remedies above")

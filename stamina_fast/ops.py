@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import cpu, dispatch, reference
 from .noise import GateNoise
 
 
@@ -18,6 +18,11 @@ def _noise(seed: Tensor | None, step: Tensor | None) -> GateNoise | None:
 
 def _flat(t: Tensor) -> Tensor:
     return t.reshape(t.shape[:-1].numel(), t.shape[-1])
+
+
+def _shaped(flat: Tensor, like: Tensor) -> Tensor:
+    """A fresh [T, n] as [..., n]. No view: what an operator returns as one may not be written in place."""
+    return flat.resize_(*like.shape[:-1], flat.shape[-1])
 
 
 @torch.library.custom_op("stamina_fast::masked_linear", mutates_args=())
@@ -40,13 +45,15 @@ def masked_linear(
     rows = tuple(sizes)
     if chosen == "triton":
         return _triton_forward(x, weight, a, b, p, q, gate_bias, rows, seed, step)
+    if chosen == "cpu":
+        return _shaped(cpu.forward(_flat(x), weight, a, b, p, q, gate_bias, rows, seed, step), x)
     return reference.masked_linear(x, weight, a, b, p, q, gate_bias, sizes=rows, noise=_noise(seed, step), tau=tau)
 
 
 def _triton_forward(x: Tensor, weight: Tensor, *others) -> Tensor:
     from .kernels import masked_linear as kernel
 
-    return kernel.forward(_flat(x), weight, *others).view(*x.shape[:-1], weight.shape[0])
+    return _shaped(kernel.forward(_flat(x), weight, *others), x)
 
 
 @masked_linear.register_fake
@@ -88,6 +95,9 @@ def masked_linear_penalties(
 
         y = _triton_forward(x, weight, a, b, p, q, gate_bias, rows, seed, step)
         return y, *penalties.forward(weight.dtype, a, b, p, q, gate_bias, rows, seed, step, past)
+    if chosen == "cpu":
+        y, *both = cpu.forward_penalties(_flat(x), weight, a, b, p, q, gate_bias, rows, seed, step, past)
+        return _shaped(y, x), *both
     return reference.masked_linear_penalties(
         x, weight, a, b, p, q, gate_bias, sizes=rows, noise=_noise(seed, step), past=past
     )
@@ -129,11 +139,16 @@ def masked_linear_backward(
         from .kernels import factors, masked_linear as kernel
 
         flat = _flat(grad)
-        dx = kernel.backward_input(flat, weight, a, b, p, q, gate_bias, rows, seed, step).view(x.shape) if need_x else None
+        dx = kernel.backward_input(flat, weight, a, b, p, q, gate_bias, rows, seed, step) if need_x else None
         d_factors = (None,) * 5
         if need_factors:
             d_factors = factors.backward_factors(flat, _flat(x), a, b, p, q, gate_bias, rows, seed, step, tau, *penalties)
-        results = (dx, *d_factors)
+        results = (dx if dx is None else _shaped(dx, x), *d_factors)
+    elif chosen == "cpu":
+        dx, *d_factors = cpu.backward(
+            _flat(grad), _flat(x), weight, a, b, p, q, gate_bias, rows, seed, step, tau, need_x, need_factors, *penalties
+        )
+        results = (dx if dx is None else _shaped(dx, x), *d_factors)
     else:
         results = reference.masked_linear_backward(
             grad, x, weight, a, b, p, q, gate_bias, sizes=rows, noise=_noise(seed, step), tau=tau,
@@ -201,6 +216,8 @@ def fold_(
         from .kernels import fold
 
         fold.fold_(weight, a, b, p, q, gate_bias, rows, master)
+    elif chosen == "cpu":
+        cpu.fold_(weight, a, b, p, q, gate_bias, rows, master)
     else:
         reference.fold_(weight, a, b, p, q, gate_bias, sizes=rows, master=master)
 
@@ -231,6 +248,8 @@ def rebuild_(
         from .kernels import rebuild
 
         rebuild.rebuild_(weight, base, tasks, rows, master)
+    elif chosen == "cpu":
+        cpu.rebuild_(weight, base, tasks, rows, master)
     else:
         reference.rebuild_(weight, base, tasks, sizes=rows, master=master)
 

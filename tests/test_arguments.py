@@ -1,12 +1,14 @@
 """Any input works or says why: shapes, strides, offsets, dtypes, aliases, against the specification in float64."""
 
 import os
+import re
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 import stamina_fast as sf
+from stamina_fast import cpu
 
 CASES = int(os.environ.get("STAMINA_CASES", "2000"))
 many = settings(max_examples=CASES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -72,6 +74,7 @@ def undecided(weight, factors, sizes, noise):
     return bool((z.abs() < 1e-4).any())
 
 
+@pytest.mark.usefixtures("backend")
 @many
 @given(calls())
 def test_masked_linear(call):
@@ -92,6 +95,7 @@ def test_masked_linear(call):
         assert (y.double() - truth).abs().max() <= bound(x.dtype, x.shape[-1], rank, x, weight, factors)
 
 
+@pytest.mark.usefixtures("backend")
 @many
 @given(calls())
 def test_fold(call):
@@ -145,12 +149,16 @@ def test_the_mask_names_its_own_arguments():
         sf.gate_mask(torch.zeros(5, 2), torch.zeros(1, 3, 4))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "cuda"])
-def test_a_missing_backend_says_why(backend):
-    available, reason = sf.backends()[backend]
-    assert not available
-    with pytest.raises(RuntimeError, match=reason):
-        sf.masked_linear(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(3, 2), torch.zeros(1, 2, 4), backend=backend)
+def test_a_missing_backend_says_why(monkeypatch):
+    monkeypatch.setattr(cpu, "load", lambda: "no C++ compiler (of any kind)")
+    for backend in ("cpu", "cuda"):
+        available, reason = sf.backends()[backend]
+        assert not available
+        with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot run this call: {re.escape(reason)}"):
+            sf.masked_linear(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(3, 2), torch.zeros(1, 2, 4), backend=backend)
+    before = sf.launches().get("masked_linear/reference", 0)
+    sf.masked_linear(torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(3, 2), torch.zeros(1, 2, 4))
+    assert sf.launches()["masked_linear/reference"] == before + 1
 
 
 def test_the_environment_chooses_a_backend(monkeypatch):

@@ -90,7 +90,7 @@ def test_a_wrong_result_gets_no_time_and_fails(mini, monkeypatch, capsys):
         return right(*arguments, noise=sf.GateNoise(noise.seed, noise.step + 1), **options)
 
     monkeypatch.setattr(sf, "masked_linear", late)
-    result = measured()
+    result = measured(backends=["reference"])
     wrong = ["masked_linear/reference", "masked_linear/reference +backward"]
     assert [line.split(": ")[1] for line in result["red"]] == wrong
     assert not set(wrong) & set(result["arms"])

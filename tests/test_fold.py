@@ -1,10 +1,14 @@
 """The fold, and the rebuild of many folds in one pass: what they write, what they leave, and what they refuse."""
 
+import cases
 import pytest
 import torch
 from cases import RANK, SIZES, K, N, case, relative
 
 import stamina_fast as sf
+from stamina_fast import ops
+
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
@@ -58,13 +62,15 @@ def tasks_of(dtype, count=4):
     return tasks
 
 
-RUNS = [("reference", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+RUNS = [(name, dtype) for name in ("reference", "cpu") for dtype in DTYPES]
 RUNS += [("triton", dtype) for dtype in (torch.float32, torch.float16)]
 
 
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
 def test_rebuild_has_the_bits_of_the_folds(backend, dtype):
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    cases.need(backend, device)
     base, where = case(dtype)[1].to(device), {"sizes": SIZES, "backend": backend}
     tasks = [{name: t if t is None else t.to(device) for name, t in task.items()} for task in tasks_of(dtype)]
     for chosen in ([], [0], [1], [3, 0, 2], [0, 0, 1]):
@@ -102,7 +108,7 @@ def test_rebuild_keeps_negative_zero_and_its_base():
 def test_rebuild_keeps_torchs_contract():
     base, tasks = case()[1], tasks_of(torch.float32)
     columns = [[task.get(name) for task in tasks] for name in ("a", "b", "p", "q", "gate_bias")]
-    rebuild = torch.ops.stamina_fast.rebuild_.default
+    rebuild = ops.rebuild_
     torch.library.opcheck(rebuild, (base.clone(), base, *columns, list(SIZES), None, ""))
     torch.library.opcheck(rebuild, (base.clone(), base, *columns, list(SIZES), base.clone(), ""))
 

@@ -1,34 +1,20 @@
 """The hard gate in the kernels: one mask everywhere, and the specification's noise under each of its entries."""
 
 import os
+from types import SimpleNamespace
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from cases import DEVICE, NOISE, problem
+from cases import DEVICE, NOISE, masks, problem
 
 from stamina_fast import reference
 from stamina_fast.kernels import factors, fold, masked_linear
 from stamina_fast.noise import halves
 
-
-def masks(sizes, k, p, q, gate_bias, noise):
-    """The mask as the forward, dx and the factors' gradients apply it, read off with A B = 1, W = 0 and unit inputs."""
-    rows, groups = sum(sizes), len(sizes)
-    zero = torch.zeros(rows, k, dtype=torch.float16, device=DEVICE)
-    a, b = torch.ones(rows, 1, device=DEVICE), torch.ones(groups, 1, k, device=DEVICE)
-    seed, step = (None, None) if noise is None else noise.tensors(DEVICE)
-    gate = (p, q, gate_bias, sizes, seed, step)
-    forward = masked_linear.forward(torch.eye(k, dtype=torch.float16, device=DEVICE), zero, a, b, *gate).T
-    backward = masked_linear.backward_input(torch.eye(rows, dtype=torch.float16, device=DEVICE), zero, a, b, *gate)
-    # dW = 1 and B = the unit matrix make dA = M
-    ones = torch.ones(1, max(rows, k), dtype=torch.float16, device=DEVICE)
-    unit = torch.eye(k, device=DEVICE).expand(groups, k, k)
-    tau = torch.ones((), device=DEVICE)
-    through = factors.backward_factors(ones[:, :rows], ones[:, :k], a.expand(rows, k), unit, *gate, tau)[0]
-    return [m.float() for m in (forward, backward, through)]
+KERNELS = SimpleNamespace(masked_linear=masked_linear, factors=factors)
 
 
 def test_masks_are_one():
@@ -36,14 +22,14 @@ def test_masks_are_one():
     sizes, k, dtype = (33, 70), 70, torch.float16
     *_, p, q, gate_bias = problem(1, k, sizes, 1, 4, dtype)
     z = reference.noisy_logits(p, q, gate_bias, sizes, dtype, NOISE)
-    forward, backward, through = masks(sizes, k, p, q, gate_bias, NOISE)
+    forward, backward, through = masks(KERNELS, sizes, k, p, q, gate_bias, NOISE)
     assert torch.equal(forward, backward)
     assert torch.equal(forward, through)
     away = z.abs() >= 1e-5
     assert torch.equal((z > 0)[away], forward.bool()[away])
     assert 0.3 < forward.mean() < 0.7
 
-    plain, *others = masks(sizes, k, p, q, gate_bias, None)
+    plain, *others = masks(KERNELS, sizes, k, p, q, gate_bias, None)
     weight = torch.zeros(sum(sizes), k, dtype=dtype, device=DEVICE)
     a, b = torch.ones(sum(sizes), 1, device=DEVICE), torch.ones(2, 1, k, device=DEVICE)
     fold.fold_(weight, a, b, p, q, gate_bias, sizes, None)

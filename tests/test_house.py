@@ -17,7 +17,7 @@ LAYERS = (
     ("errors", "seeds"),
     ("noise",),
     ("reference",),
-    ("kernels",),
+    ("kernels", "cpu", "cuda"),
     ("dispatch",),
     ("ops",),
     ("functional",),

@@ -2,20 +2,16 @@
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from cases import SIZES, K, N, case, relative
+from cases import CHAIN, SIZES, K, N, case, eager, gradients, relative
 
 import stamina_fast as sf
+from stamina_fast import ops
 
-
-def gradients(function, x, weight, factors, grad=None, **options):
-    inputs = [t.detach().clone().requires_grad_() for t in (x, *factors.values())]
-    y = function(inputs[0], weight, **dict(zip(factors, inputs[1:], strict=True)), **options)
-    grad = torch.ones_like(y) if grad is None else grad
-    return y, torch.autograd.grad(y, inputs, grad)
+pytestmark = pytest.mark.usefixtures("backend")
 
 
 @pytest.mark.parametrize("noise", [None, sf.GateNoise(3, 4)])
@@ -24,7 +20,7 @@ def test_opcheck(noise):
     seed, step = noise.tensors(x.device) if noise else (None, None)
     leaves = [t.requires_grad_() for t in (x, *factors.values())]
     tau, sizes = torch.tensor(0.7), list(SIZES)
-    masked, fold = torch.ops.stamina_fast.masked_linear.default, torch.ops.stamina_fast.fold_.default
+    masked, fold = ops.masked_linear, ops.fold_
     torch.library.opcheck(masked, (leaves[0], weight, *leaves[1:], sizes, seed, step, tau, ""))
     torch.library.opcheck(masked, (leaves[0], weight, *leaves[1:3], None, None, None, sizes, None, None, tau, ""))
     plain = [t.detach() for t in leaves[1:]]
@@ -54,8 +50,7 @@ def test_straight_through_gradient_equals_autograd_of_the_reference(noise):
     options = {"sizes": SIZES, "noise": noise, "tau": 0.6}
     y, got = gradients(sf.masked_linear, x, weight, factors, grad, **options)
     want_y, want = gradients(sf.reference.masked_linear, x, weight, factors, grad, **options)
-    assert torch.equal(y, want_y)
-    for g, w in zip(got, want, strict=True):
+    for g, w in zip((y, *got), (want_y, *want), strict=True):
         torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-12)
 
 
@@ -89,23 +84,19 @@ def test_plain_low_rank_ignores_the_noise():
 # ---- precision -----------------------------------------------------------------------------------------------------
 
 
-def eager(x, weight, a, b, p, q, gate_bias, *, sizes, noise):
-    """What one would write in the tensors' own dtype, with the mask that was agreed on."""
-    mask = sf.gate_mask(p, q, gate_bias, sizes=sizes, noise=noise).to(x.dtype)
-    delta = mask * torch.cat([part @ b[g] for g, part in enumerate(a.split(sizes))])
-    return F.linear(x, weight) + F.linear(x, delta)
-
-
 @pytest.mark.parametrize("zero_weight", [False, True])
 @pytest.mark.parametrize("noise", [None, sf.GateNoise(8, 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_error_is_at_most_that_of_the_eager_code(dtype, noise, zero_weight):
+def test_error_is_at_most_that_of_the_eager_code(backend, request, dtype, noise, zero_weight):
+    if (backend, dtype) == ("cpu", torch.float32):
+        request.applymarker(CHAIN)
     sizes = (64, 128)
     x, weight, factors = case(dtype, 192, 320, sizes, 16, 8, tokens=(77,))
     if zero_weight:
         weight = torch.zeros_like(weight)
     exact = {name: t.double() for name, t in factors.items()}
-    truth, truth_grads = gradients(sf.masked_linear, x.double(), weight.double(), exact, sizes=sizes, noise=noise)
+    exactly = partial(sf.masked_linear, backend="reference")
+    truth, truth_grads = gradients(exactly, x.double(), weight.double(), exact, sizes=sizes, noise=noise)
     y, grads = gradients(sf.masked_linear, x, weight, factors, sizes=sizes, noise=noise)
     plain = eager(x, weight, **factors, sizes=sizes, noise=noise)
     ulp = torch.finfo(dtype).eps * truth.abs()
@@ -166,12 +157,12 @@ def test_small_integers_are_exact():
     x, weight, a, b, p, q, bias = draw(6, k), draw(n, k), draw(n, 3), draw(2, 3, k), draw(n, 2), draw(2, 2, k), draw(2)
     names = ("a", "b", "p", "q", "gate_bias")
     exact = dict(zip(names, (a, b, p, q, bias), strict=True))
-    y, _ = gradients(sf.masked_linear, x, weight, exact, sizes=sizes)
+    y = sf.masked_linear(x, weight, **exact, sizes=sizes, backend="reference")
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         low = {name: t.to(dtype) for name, t in exact.items()}
         assert torch.equal(sf.masked_linear(x.to(dtype), weight.to(dtype), **low, sizes=sizes).double(), y.to(dtype).double())
         folded = sf.fold_(weight.to(dtype), **low, sizes=sizes)
-        assert torch.equal(folded.double(), sf.fold_(weight.clone(), **exact, sizes=sizes))
+        assert torch.equal(folded.double(), sf.fold_(weight.clone(), **exact, sizes=sizes, backend="reference"))
 
 
 # ---- life of the arguments -----------------------------------------------------------------------------------------
@@ -317,10 +308,13 @@ def test_repeats_are_bit_equal():
         assert all(torch.equal(g, o) for g, o in zip(grads, others, strict=True))
 
 
-def test_launches_count_what_ran():
+def test_launches_count_what_ran(backend):
     x, weight, factors = case()
-    before = sf.launches().get("masked_linear/reference", 0)
-    sf.masked_linear(x, weight, **factors, sizes=SIZES, backend="reference")
-    assert sf.launches()["masked_linear/reference"] == before + 1
+    names = [f"{operator}/{backend}" for operator in ("masked_linear", "masked_linear_backward", "fold_", "rebuild_")]
+    before = [sf.launches().get(name, 0) for name in names]
+    gradients(sf.masked_linear, x, weight, factors, sizes=SIZES)
+    sf.fold_(weight.clone(), **factors, sizes=SIZES)
+    sf.rebuild_(weight.clone(), weight, [factors], sizes=SIZES)
+    assert [sf.launches()[name] for name in names] == [count + 1 for count in before]
     sf.launches().clear()
-    assert sf.launches()["masked_linear/reference"] == before + 1
+    assert [sf.launches()[name] for name in names] == [count + 1 for count in before]

@@ -61,7 +61,7 @@ def test_golden_fold_and_mask(path):
         assert torch.equal(sf.gate_mask(*factors[2:], sizes=sizes), case["out_mask"].bool())
 
 
-def test_golden_noise_free_through_the_operator():
+def test_golden_noise_free_through_the_operator(backend):
     for path in GOLDEN:
         case, sizes, tau, u = load(path)
         if u is not None:
@@ -84,7 +84,7 @@ def test_reference_imports_only_torch_and_the_noise():
     assert names <= {"__future__", "contextlib", "torch", "noise"}
 
 
-def test_penalties_by_hand():
+def test_penalties_by_hand(backend):
     torch.manual_seed(0)
     sizes, n, k = (2, 3), 5, 7
     a, b, p, q = (torch.randn(s, dtype=torch.float64) for s in ((n, 2), (2, 2, k), (n, 3), (2, 3, k)))
@@ -102,7 +102,7 @@ def test_penalties_by_hand():
     assert forgetting.item() == pytest.approx(total, rel=1e-12)
 
 
-def test_forgetting_starts_at_zero_with_zero_gradient():
+def test_forgetting_starts_at_zero_with_zero_gradient(backend):
     a, b = torch.randn(4, 2, requires_grad=True), torch.zeros(1, 2, 6, requires_grad=True)
     p, q, past = torch.randn(4, 2, requires_grad=True), torch.randn(1, 2, 6), torch.randn(4, 6)
     _, forgetting = sf.gate_penalties(a, b, p, q, None, past=past)
@@ -110,7 +110,7 @@ def test_forgetting_starts_at_zero_with_zero_gradient():
     assert all((g == 0).all() for g in torch.autograd.grad(forgetting, [a, b, p]))
 
 
-def test_penalties_without_past_and_without_mask():
+def test_penalties_without_past_and_without_mask(backend):
     a, b = torch.randn(4, 2), torch.randn(1, 2, 6)
     assert [v.item() for v in sf.gate_penalties(a, b, None, None, None)] == [0, 0]
     past = torch.randn(4, 6)
