@@ -16,6 +16,8 @@ from .shapes import Shape
 # with its ranks
 SHAPES = ((Shape("ragged", (7, 70, 0, 3), 40, tokens=5), 3), (Shape("two spans", (33, 64), 300, tokens=17), 17))
 
+DTYPES = {"triton": (torch.bfloat16, torch.float32), "cuda": (torch.bfloat16, torch.float16)}
+
 
 def visit(case: Case, backend: str) -> None:
     """Forward and backward with the sampled mask and without any, with penalties too; folds and rebuild."""
@@ -38,9 +40,9 @@ def visit(case: Case, backend: str) -> None:
 
 
 def main() -> None:
-    backends = [name for name in ("triton", "cuda") if sf.backends()[name][0]]
+    backends = [name for name in DTYPES if sf.backends()[name][0]]
     for backend in backends:
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in DTYPES[backend]:
             for shape, rank in SHAPES:
                 visit(Case(shape, rank=rank, dtype=dtype, device="cuda"), backend)
     torch.cuda.synchronize()

@@ -35,14 +35,14 @@ _library.define(
 DTYPES = (torch.bfloat16, torch.float16)
 # csrc/cuda/layout.h: rows of a tile, columns of a span, ranks of one product, tokens of a tile
 ROWS, SPAN, RANKS, TOKENS = 64, 256, 16, 8
+# token tiles of a block of dx
+TOKEN_TILES = 10
 # the order of `Packing` in csrc/cuda/arguments.h
 LEFT, RIGHT, RIGHT_TRANSPOSED, LEFT_TRANSPOSED, GRADIENT = range(5)
 # row tiles of a chunk of the factor gradients
 CHUNK = 4
 # dx is split over N until this many blocks run; a fixed number, so that the order of a sum is the same on every device
 BLOCKS = 132
-# csrc/cuda/operator.h: token tiles of a block
-FEW, MANY = 10, 16
 
 
 @cache
@@ -79,7 +79,7 @@ def _tiles(sizes: tuple[int, ...], device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=512)
 def _chunks(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Chunks of at most CHUNK tiles of one projection, int64 [chunks, 2] of (first tile, end), and [G, 2] of each one's chunks."""
+    """Chunks of at most CHUNK tiles of a projection, int64 [chunks, 2] of (first tile, end); [G, 2] of each one's chunks."""
     chunks, ranges, first = [], [], 0
     for size in sizes:
         tiles, before = _ceil(size, ROWS), len(chunks)
@@ -121,9 +121,10 @@ class _Packer:
         groups, ranks, k = source.shape
         return self._add(source, packing, groups, _ceil(k, SPAN), _steps(ranks), 4, 4, 32, to=to)
 
-    def gradient(self, grad: Tensor, block: int) -> Tensor:
-        """[T, N] as [tiles, 2, token tiles, 32, 8], the token tiles filling blocks of `block`."""
-        return self._add(grad.T, GRADIENT, len(self.tiles), 2, _ceil(grad.shape[0], TOKENS * block) * block, 32)
+    def gradient(self, grad: Tensor) -> Tensor:
+        """[T, N] as [tiles, 2, token tiles, 32, 8], the token tiles filling whole blocks."""
+        blocks = _ceil(grad.shape[0], TOKENS * TOKEN_TILES)
+        return self._add(grad.T, GRADIENT, len(self.tiles), 2, blocks * TOKEN_TILES, 32)
 
     def factors(self, a: Tensor, b: Tensor, p: Tensor | None, q: Tensor | None) -> list[Tensor]:
         if p is None:
@@ -188,9 +189,8 @@ def forward_penalties(x, weight, a, b, p, q, gate_bias, sizes, seed, step, past)
         packed = packer.factors(a, b, p, q)
         packer.launch()
         sums = torch.empty((len(packer.tiles), _ceil(k, SPAN), 2), device=a.device)
-        torch.ops.stamina_fast.cuda_penalties(
-            packed, _bias(gate_bias, p, len(sizes), a.device), packer.tiles, rows, k, *_noise(p, seed, step), _floats(past), sums
-        )
+        bias = _bias(gate_bias, p, len(sizes), a.device)
+        torch.ops.stamina_fast.cuda_penalties(packed, bias, packer.tiles, rows, k, *_noise(p, seed, step), _floats(past), sums)
         density, forgetting = sums.double().sum((0, 1)).float()
         return y, density / (rows * k) if p is not None else torch.zeros_like(density), forgetting
 
@@ -220,7 +220,7 @@ def backward(
     grad [T, N] and x [T, k] of any strides; tau: a 0-dim device tensor; past [N, k] with d_forgetting, and d_sparsity: 0-dim
     device tensors, or None; the rest as in `forward`.
     """
-    (tokens, k), rows = x.shape, weight.shape[0]
+    rows, k = weight.shape
     factors = (a, b, p, q, gate_bias)
     if rows * k == 0:
         zeros = (torch.zeros_like(t, dtype=torch.float32) if need_factors and t is not None else None for t in factors)
@@ -242,13 +242,12 @@ def backward(
 def _input_gradient(packer: _Packer, stack, noise, grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """dX = G (W + M ⊙ A B); launches what has been asked of the packer."""
     (tokens, k), tiles = x.shape, len(packer.tiles)
-    block = MANY if _ceil(tokens, TOKENS * MANY) < _ceil(tokens, TOKENS * FEW) else FEW
-    packed = packer.gradient(grad, block)
+    packed = packer.gradient(grad)
     packer.launch()
     packer.jobs.clear()
     if tokens == 0:
         return torch.zeros_like(x)
-    blocks = _ceil(tokens, TOKENS * block) * _ceil(k, SPAN)
+    blocks = packed.shape[2] // TOKEN_TILES * _ceil(k, SPAN)
     tiles_a_split = _ceil(tiles, max(1, BLOCKS // blocks))
     partial = torch.empty((_ceil(tiles, tiles_a_split), tokens, k), device=x.device)
     torch.ops.stamina_fast.cuda_input(packed, weight, *stack, *noise, partial, tiles_a_split)
@@ -258,7 +257,7 @@ def _input_gradient(packer: _Packer, stack, noise, grad: Tensor, x: Tensor, weig
 def _factor_gradients(packer: _Packer, stack, noise, grad, x, factors, sizes, tau, penalties) -> tuple[Tensor | None, ...]:
     """(dA, dB, dP, dQ, dc) in fp32, the last three None without a gate, dc without a bias."""
     a, b, p, q, gate_bias = factors
-    (tokens, k), rows, r = x.shape, a.shape[0], a.shape[1]
+    k, (rows, r) = x.shape[1], a.shape
     s = 0 if p is None else p.shape[1]
     chunks, ranges = _chunks(sizes, x.device)
     if p is None:

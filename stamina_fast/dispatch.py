@@ -10,7 +10,7 @@ from types import ModuleType
 
 import torch
 
-from . import cpu
+from . import cpu, cuda
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 
@@ -54,7 +54,7 @@ def backends() -> dict[str, tuple[bool, str]]:
         "reference": (True, "plain torch, anywhere"),
         "cpu": (not cpu.load(), cpu.load() or f"threads, {' or '.join(cpu.instruction_sets())}"),
         "triton": (_triton()[0] is not None, _triton()[1]),
-        "cuda": (False, "not part of this version"),
+        "cuda": (not cuda.load(), cuda.load() or "CUDA kernels for bfloat16 and float16, sm_80 and newer"),
     }
 
 
@@ -65,6 +65,8 @@ def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return reason
     if name == "cpu" and device.type != "cpu":
         return f"it runs cpu tensors, got {device.type}"
+    if name == "cuda" and (device.type != "cuda" or dtype not in cuda.DTYPES):
+        return f"it runs bfloat16 and float16 on a GPU, got {dtype} on {device.type}; other dtypes run on triton or reference"
     if name == "triton":
         wanted = "cpu" if interpreted() else "cuda"
         if device.type != wanted:

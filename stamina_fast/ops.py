@@ -8,8 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu, dispatch, reference
+from . import cpu, cuda, dispatch, reference
 from .noise import GateNoise
+
+# backends compiled from csrc/, with the same functions
+COMPILED = {"cpu": cpu, "cuda": cuda}
 
 
 def _noise(seed: Tensor | None, step: Tensor | None) -> GateNoise | None:
@@ -45,8 +48,8 @@ def masked_linear(
     rows = tuple(sizes)
     if chosen == "triton":
         return _triton_forward(x, weight, a, b, p, q, gate_bias, rows, seed, step)
-    if chosen == "cpu":
-        return _shaped(cpu.forward(_flat(x), weight, a, b, p, q, gate_bias, rows, seed, step), x)
+    if chosen in COMPILED:
+        return _shaped(COMPILED[chosen].forward(_flat(x), weight, a, b, p, q, gate_bias, rows, seed, step), x)
     return reference.masked_linear(x, weight, a, b, p, q, gate_bias, sizes=rows, noise=_noise(seed, step), tau=tau)
 
 
@@ -95,8 +98,8 @@ def masked_linear_penalties(
 
         y = _triton_forward(x, weight, a, b, p, q, gate_bias, rows, seed, step)
         return y, *penalties.forward(weight.dtype, a, b, p, q, gate_bias, rows, seed, step, past)
-    if chosen == "cpu":
-        y, *both = cpu.forward_penalties(_flat(x), weight, a, b, p, q, gate_bias, rows, seed, step, past)
+    if chosen in COMPILED:
+        y, *both = COMPILED[chosen].forward_penalties(_flat(x), weight, a, b, p, q, gate_bias, rows, seed, step, past)
         return _shaped(y, x), *both
     return reference.masked_linear_penalties(
         x, weight, a, b, p, q, gate_bias, sizes=rows, noise=_noise(seed, step), past=past
@@ -144,8 +147,8 @@ def masked_linear_backward(
         if need_factors:
             d_factors = factors.backward_factors(flat, _flat(x), a, b, p, q, gate_bias, rows, seed, step, tau, *penalties)
         results = (dx if dx is None else _shaped(dx, x), *d_factors)
-    elif chosen == "cpu":
-        dx, *d_factors = cpu.backward(
+    elif chosen in COMPILED:
+        dx, *d_factors = COMPILED[chosen].backward(
             _flat(grad), _flat(x), weight, a, b, p, q, gate_bias, rows, seed, step, tau, need_x, need_factors, *penalties
         )
         results = (dx if dx is None else _shaped(dx, x), *d_factors)
@@ -216,8 +219,8 @@ def fold_(
         from .kernels import fold
 
         fold.fold_(weight, a, b, p, q, gate_bias, rows, master)
-    elif chosen == "cpu":
-        cpu.fold_(weight, a, b, p, q, gate_bias, rows, master)
+    elif chosen in COMPILED:
+        COMPILED[chosen].fold_(weight, a, b, p, q, gate_bias, rows, master)
     else:
         reference.fold_(weight, a, b, p, q, gate_bias, sizes=rows, master=master)
 
@@ -248,8 +251,8 @@ def rebuild_(
         from .kernels import rebuild
 
         rebuild.rebuild_(weight, base, tasks, rows, master)
-    elif chosen == "cpu":
-        cpu.rebuild_(weight, base, tasks, rows, master)
+    elif chosen in COMPILED:
+        COMPILED[chosen].rebuild_(weight, base, tasks, rows, master)
     else:
         reference.rebuild_(weight, base, tasks, sizes=rows, master=master)
 

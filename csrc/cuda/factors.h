@@ -79,12 +79,12 @@ STAMINA_DEVICE EntryRule entry_rule(const FactorArguments<T>& f, int64_t group) 
 }
 
 // dΔ and dL of the four entries of sub-block ODD, in place of dW and A B
-template <int ODD, class T, bool PENALTIES>
+template <int ODD, bool NOISY, bool PENALTIES, class T>
 STAMINA_DEVICE void entry_gradients(const FactorArguments<T>& f, const EntryRule& rule, const Noise<1>& noise,
                                     const Strip& strip, int pair, int64_t first_column, const float (&l)[4], float (&dw)[4],
                                     float (&ab)[4]) {
   bool open[4];
-  gate<ODD>(noise, pair, 0, l, rule.bias, open);
+  gate<ODD, NOISY>(noise, pair, 0, l, rule.bias, open);
 #pragma unroll
   for (int v = 0; v < 4; ++v) {
     const int64_t column = first_column + v % 2, row = strip.row + v / 2 * 8;
@@ -93,7 +93,7 @@ STAMINA_DEVICE void entry_gradients(const FactorArguments<T>& f, const EntryRule
       const float s = f.past.at[row * f.past.row + column * f.past.column];
       dw[v] += (s * s) * (ab[v] * rule.twice_d_forgetting);
     }
-    const float u = noise.present ? noise.template uniform<ODD>(pair, 0, v) : 0.5f;
+    const float u = NOISY ? noise.template uniform<ODD>(pair, 0, v) : 0.5f;
     const float slope = rule.tau == 1.0f ? core::unit_slope(u, core::odds_against(l[v], rule.bias, u))
                                          : core::tempered_slope(l[v], rule.bias, u, rule.inverse_tau);
     float dl = (dw[v] * ab[v]) * slope;
@@ -105,7 +105,7 @@ STAMINA_DEVICE void entry_gradients(const FactorArguments<T>& f, const EntryRule
 
 // the sums of the four warps' shares of dA and dP of one strip, written for the ranks of this block
 template <class T>
-STAMINA_DEVICE void store_left(const FactorArguments<T>& f, const Tile& tile, int strip, int64_t span, int64_t rank0,
+STAMINA_DEVICE void store_left(const FactorArguments<T>& f, const Tile& tile, int strip, int span, int64_t rank0,
                                const float* shares) {
   for (int n = static_cast<int>(threadIdx.x); n < LEFT_SUMS; n += FACTOR_THREADS) {
     float sum = 0.0f;
@@ -119,7 +119,7 @@ STAMINA_DEVICE void store_left(const FactorArguments<T>& f, const Tile& tile, in
 }
 
 template <class T>
-STAMINA_DEVICE void store_right(const FactorArguments<T>& f, int64_t span, int64_t rank0, const float (&d)[BLOCKS][4],
+STAMINA_DEVICE void store_right(const FactorArguments<T>& f, int span, int64_t rank0, const float (&d)[BLOCKS][4],
                                 int64_t ranks, float* to) {
 #pragma unroll
   for (int h = 0; h < BLOCKS; ++h) {
@@ -138,7 +138,8 @@ template <class T, bool FEW, bool PENALTIES>
 __global__ void __launch_bounds__(FACTOR_THREADS, 2) factors_kernel(FactorArguments<T> f) {
   const Stack& stack = f.stack;
   const Factors& factors = stack.factors;
-  const int64_t chunk = blockIdx.x, span = blockIdx.y, block = blockIdx.z, rank0 = block * RANKS;
+  const int span = static_cast<int>(blockIdx.y);
+  const int64_t chunk = blockIdx.x, block = blockIdx.z, rank0 = block * RANKS;
   const int quarter = warp_id(), lane = lane_id();
   const bool of_ab = FEW || block < factors.r_steps, of_gate = f.s != 0 && (FEW || block < factors.s_steps);
   float* turned = reinterpret_cast<float*>(shared_memory()) + warp_id() * TURNED;
@@ -174,9 +175,14 @@ __global__ void __launch_bounds__(FACTOR_THREADS, 2) factors_kernel(FactorArgume
         }
         low_ab.product(span, quarter, pair, ab);
         low_pq.product(span, quarter, pair, l);
-        const int64_t column = span * SPAN + 2 * pair * BLOCK + column_of(quarter, 2 * lane_pair(lane));
-        entry_gradients<0, T, PENALTIES>(f, rule, noise, strip, pair, column, l[0], dw[0], ab[0]);
-        entry_gradients<1, T, PENALTIES>(f, rule, noise, strip, pair, column + BLOCK, l[1], dw[1], ab[1]);
+        const int64_t column = static_cast<int64_t>(span) * SPAN + 2 * pair * BLOCK + column_of(quarter, 2 * lane_pair(lane));
+        if (noise.present) {
+          entry_gradients<0, true, PENALTIES>(f, rule, noise, strip, pair, column, l[0], dw[0], ab[0]);
+          entry_gradients<1, true, PENALTIES>(f, rule, noise, strip, pair, column + BLOCK, l[1], dw[1], ab[1]);
+        } else {
+          entry_gradients<0, false, PENALTIES>(f, rule, noise, strip, pair, column, l[0], dw[0], ab[0]);
+          entry_gradients<1, false, PENALTIES>(f, rule, noise, strip, pair, column + BLOCK, l[1], dw[1], ab[1]);
+        }
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           turn_over(dw[h], turned + h * 8 * TURNED_STRIDE);

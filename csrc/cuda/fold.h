@@ -64,12 +64,12 @@ __global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(FoldArguments<T> f) 
   const Stack& stack = f.stack;
   const Factors& factors = stack.factors;
   const Tile tile = tile_at(stack.tiles, blockIdx.x);
-  const int64_t span = blockIdx.y;
+  const int span = static_cast<int>(blockIdx.y);
   const Strip strip(tile, warp_id());
   const int64_t lefts = stack.tiles.count * STRIPS * WARP, rights = f.groups * stack.spans * RIGHT_STEP;
 #pragma unroll 1
   for (int pair = 0; pair < PAIRS; ++pair) {
-    const int64_t column = span * SPAN + 2 * pair * BLOCK + 8 * lane_pair(lane_id());
+    const int64_t column = static_cast<int64_t>(span) * SPAN + 2 * pair * BLOCK + 8 * lane_pair(lane_id());
     if (span * SPAN + 2 * pair * BLOCK >= stack.k) return;
     float total[2][2][HALVES];  // [sub-block][row half]
 #pragma unroll
@@ -102,13 +102,44 @@ __global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(FoldArguments<T> f) 
   }
 }
 
+// Σ sigmoid(L) and Σ (S ⊙ M ⊙ A B)² of one strip and one quarter, added to `density` and `overlap`
+template <bool NOISY, class T, bool FEW>
+STAMINA_DEVICE void add_penalties(const PenaltyArguments<T>& f, const LowRank<T, FEW>& ab, const LowRank<T, FEW>& pq,
+                                  const Noise<1>& noise, const Strip& strip, float bias, int span, int quarter, float& density,
+                                  float& overlap) {
+#pragma unroll
+  for (int pair = 0; pair < PAIRS; ++pair) {
+    float d[2][4], l[2][4];
+    bool open[2][4];
+    ab.product(span, quarter, pair, d);
+    pq.product(span, quarter, pair, l);
+    gate<0, NOISY>(noise, pair, 0, l[0], bias, open[0]);
+    gate<1, NOISY>(noise, pair, 0, l[1], bias, open[1]);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) {
+        const int64_t row = strip.row + v / 2 * 8;
+        const int64_t column =
+            static_cast<int64_t>(span) * SPAN + (2 * pair + h) * BLOCK + column_of(quarter, 2 * lane_pair(lane_id()) + v % 2);
+        if (!strip.exists(v / 2) || column >= f.stack.k) continue;
+        density += core::soft_gate(core::exp_minus(l[h][v], bias));
+        if (f.past.at != nullptr && open[h][v]) {
+          const float pull = f.past.at[row * f.past.row + column * f.past.column] * d[h][v];
+          overlap = core::fused(pull, pull, overlap);
+        }
+      }
+    }
+  }
+}
+
 // grid (row tiles, spans)
 template <class T, bool FEW>
 __global__ void __launch_bounds__(FOLD_THREADS) penalties_kernel(PenaltyArguments<T> f) {
   const Stack& stack = f.stack;
   const Factors& factors = stack.factors;
   const Tile tile = tile_at(stack.tiles, blockIdx.x);
-  const int64_t span = blockIdx.y;
+  const int span = static_cast<int>(blockIdx.y);
   const Strip strip(tile, warp_id());
   const LowRank<T, FEW> ab(factors.a, factors.b, factors.r_steps, tile, warp_id(), stack.spans);
   const LowRank<T, FEW> pq(factors.p, factors.q, factors.s_steps, tile, warp_id(), stack.spans);
@@ -118,28 +149,10 @@ __global__ void __launch_bounds__(FOLD_THREADS) penalties_kernel(PenaltyArgument
   for (int quarter = 0; quarter < QUARTERS; ++quarter) {
     Noise<1> noise(factors, strip);
     noise.draw(span, quarter);
-#pragma unroll
-    for (int pair = 0; pair < PAIRS; ++pair) {
-      float d[2][4], l[2][4];
-      bool open[2][4];
-      ab.product(span, quarter, pair, d);
-      pq.product(span, quarter, pair, l);
-      gate<0>(noise, pair, 0, l[0], bias, open[0]);
-      gate<1>(noise, pair, 0, l[1], bias, open[1]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-#pragma unroll
-        for (int v = 0; v < 4; ++v) {
-          const int64_t row = strip.row + v / 2 * 8;
-          const int64_t column = span * SPAN + (2 * pair + h) * BLOCK + column_of(quarter, 2 * lane_pair(lane_id()) + v % 2);
-          if (!strip.exists(v / 2) || column >= stack.k) continue;
-          density += core::soft_gate(core::exp_minus(l[h][v], bias));
-          if (f.past.at != nullptr && open[h][v]) {
-            const float pull = f.past.at[row * f.past.row + column * f.past.column] * d[h][v];
-            overlap = core::fused(pull, pull, overlap);
-          }
-        }
-      }
+    if (noise.present) {
+      add_penalties<true>(f, ab, pq, noise, strip, bias, span, quarter, density, overlap);
+    } else {
+      add_penalties<false>(f, ab, pq, noise, strip, bias, span, quarter, density, overlap);
     }
   }
   float* sums = reinterpret_cast<float*>(shared_memory());

@@ -6,13 +6,9 @@ namespace stamina::cuda {
 
 template <class T>
 void launch(const InputArguments<T>& f, int64_t splits, void* stream) {
-  const auto with = [&](auto tiles, auto few) {
-    constexpr int TILES = decltype(tiles)::value;
-    const Grid grid{f.stack.spans, splits, f.token_tiles / TILES};
-    launch_kernel(input_kernel<T, TILES, decltype(few)::value>, grid, INPUT_THREADS, input_shared_bytes<TILES>(), stream,
-                  where("dx", f.stack, f.tokens), f);
-  };
-  choose(token_tiles_of(f.tokens), few_ranks(f.stack), with);
+  const Grid grid{f.stack.spans, splits, f.token_tiles / TOKEN_TILES};
+  const auto kernel = few_ranks(f.stack) ? input_kernel<T, true> : input_kernel<T, false>;
+  launch_kernel(kernel, grid, INPUT_THREADS, INPUT_SHARED_BYTES, stream, where("dx", f.stack, f.tokens), f);
 }
 
 template void launch(const InputArguments<Bf16>&, int64_t, void*);

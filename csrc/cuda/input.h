@@ -14,15 +14,12 @@ constexpr int INPUT_WARPS = 8, INPUT_THREADS = INPUT_WARPS * WARP;
 constexpr int INPUT_STRIDE = SPAN + HALVES;
 constexpr int INPUT_TURN = HALF_ROWS * INPUT_STRIDE;
 
-template <int TOKEN_TILES>
-constexpr int input_shared_bytes() {
-  return 3 * INPUT_TURN * 2 + 2 * TOKEN_TILES * WARP * static_cast<int>(sizeof(uint4));
-}
+constexpr int INPUT_SHARED_BYTES = 3 * INPUT_TURN * 2 + 2 * TOKEN_TILES * WARP * static_cast<int>(sizeof(uint4));
 
 // W and G of the rows of one turn; rows and columns that are not there are zeros
-template <class T, int TOKEN_TILES>
-STAMINA_DEVICE void copy_turn(const InputArguments<T>& f, const Tile& tile, int half, int64_t span, int64_t first_token_tile,
-                              T* w, uint4* grad) {
+template <class T>
+STAMINA_DEVICE void copy_turn(const InputArguments<T>& f, const Tile& tile, int half, int span, int64_t first_token_tile, T* w,
+                              uint4* grad) {
   constexpr int WORDS = SPAN / HALVES;
   for (int word = static_cast<int>(threadIdx.x); word < HALF_ROWS * WORDS; word += INPUT_THREADS) {
     const int row_here = word / WORDS, column_here = word % WORDS * HALVES;
@@ -41,23 +38,18 @@ STAMINA_DEVICE void copy_turn(const InputArguments<T>& f, const Tile& tile, int 
 }
 
 // M ⊙ A B of 16 rows of a turn and one quarter, rounded to T
-template <class T, bool FEW>
-STAMINA_DEVICE void leave_residual(const Stack& stack, const Tile& tile, int half, int64_t span, T* to) {
-  const int strip = 2 * half + warp_id() / QUARTERS, quarter = warp_id() % QUARTERS, lane = lane_id();
-  const Factors& factors = stack.factors;
-  const LowRank<T, FEW> ab(factors.a, factors.b, factors.r_steps, tile, strip, stack.spans);
-  const LowRank<T, FEW> pq(factors.p, factors.q, factors.s_steps, tile, strip, stack.spans);
-  Noise<1> noise(factors, Strip(tile, strip));
-  const float bias = factors.bias[tile.group];
-  noise.draw(span, quarter);
+template <bool NOISY, class T, bool FEW>
+STAMINA_DEVICE void leave_quarter(const LowRank<T, FEW>& ab, const LowRank<T, FEW>& pq, const Noise<1>& noise, float bias,
+                                  int span, int quarter, T* to) {
+  const int lane = lane_id();
 #pragma unroll
   for (int pair = 0; pair < PAIRS; ++pair) {
     float d[2][4], l[2][4];
     bool open[2][4];
     ab.product(span, quarter, pair, d);
     pq.product(span, quarter, pair, l);
-    gate<0>(noise, pair, 0, l[0], bias, open[0]);
-    gate<1>(noise, pair, 0, l[1], bias, open[1]);
+    gate<0, NOISY>(noise, pair, 0, l[0], bias, open[0]);
+    gate<1, NOISY>(noise, pair, 0, l[1], bias, open[1]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
@@ -72,6 +64,22 @@ STAMINA_DEVICE void leave_residual(const Stack& stack, const Tile& tile, int hal
   }
 }
 
+template <class T, bool FEW>
+STAMINA_DEVICE void leave_residual(const Stack& stack, const Tile& tile, int half, int span, T* to) {
+  const int strip = 2 * half + warp_id() / QUARTERS, quarter = warp_id() % QUARTERS;
+  const Factors& factors = stack.factors;
+  const LowRank<T, FEW> ab(factors.a, factors.b, factors.r_steps, tile, strip, stack.spans);
+  const LowRank<T, FEW> pq(factors.p, factors.q, factors.s_steps, tile, strip, stack.spans);
+  Noise<1> noise(factors, Strip(tile, strip));
+  const float bias = factors.bias[tile.group];
+  noise.draw(span, quarter);
+  if (noise.present) {
+    leave_quarter<true>(ab, pq, noise, bias, span, quarter, to);
+  } else {
+    leave_quarter<false>(ab, pq, noise, bias, span, quarter, to);
+  }
+}
+
 // operand A, 16 columns by 16 rows, from rows of shared memory
 template <class T>
 STAMINA_DEVICE void load_columns(const T* matrix, int row, int column, uint32_t (&a)[4]) {
@@ -80,10 +88,11 @@ STAMINA_DEVICE void load_columns(const T* matrix, int row, int column, uint32_t 
 }
 
 // grid (spans, splits, token blocks)
-template <class T, int TOKEN_TILES, bool FEW>
+template <class T, bool FEW>
 __global__ void __launch_bounds__(INPUT_THREADS, 1) input_kernel(InputArguments<T> f) {
   const Stack& stack = f.stack;
-  const int64_t span = blockIdx.x, split = blockIdx.y, first_token_tile = static_cast<int64_t>(blockIdx.z) * TOKEN_TILES;
+  const int span = static_cast<int>(blockIdx.x);
+  const int64_t split = blockIdx.y, first_token_tile = static_cast<int64_t>(blockIdx.z) * TOKEN_TILES;
   const int64_t first = split * f.tiles_a_split, last = first + f.tiles_a_split;
   const int64_t end = last < stack.tiles.count ? last : stack.tiles.count;
   T* weights = reinterpret_cast<T*>(shared_memory());
@@ -96,8 +105,7 @@ __global__ void __launch_bounds__(INPUT_THREADS, 1) input_kernel(InputArguments<
     if (turn < turns) {
       const Tile tile = tile_at(stack.tiles, first + turn / 2);
       const int buffer = static_cast<int>(turn % 2);
-      copy_turn<T, TOKEN_TILES>(f, tile, buffer, span, first_token_tile, weights + buffer * INPUT_TURN,
-                                grads + buffer * TOKEN_TILES * WARP);
+      copy_turn<T>(f, tile, buffer, span, first_token_tile, weights + buffer * INPUT_TURN, grads + buffer * TOKEN_TILES * WARP);
     }
     end_copies();
   };
@@ -142,7 +150,7 @@ __global__ void __launch_bounds__(INPUT_THREADS, 1) input_kernel(InputArguments<
 #pragma unroll
       for (int v = 0; v < 4; ++v) {
         const Place place = accumulator(lane_id(), v);
-        const int64_t column = span * SPAN + warp_id() * BLOCK + m * 16 + place.row;
+        const int64_t column = static_cast<int64_t>(span) * SPAN + warp_id() * BLOCK + m * 16 + place.row;
         const int64_t token = (first_token_tile + token_tile) * 8 + place.column;
         if (column < stack.k && token < f.tokens)
           f.partial[(split * f.tokens + token) * stack.k + column] = acc[m][token_tile][v];

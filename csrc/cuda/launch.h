@@ -3,7 +3,6 @@
 
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 
 #include "device.h"
 #include "operator.h"
@@ -32,8 +31,9 @@ void launch_kernel(Kernel kernel, Grid grid, int threads, int shared_bytes, void
   if (shared_bytes > PLAIN_SHARED_BYTES)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
   const dim3 blocks(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
-  kernel<<<blocks, threads, shared_bytes, static_cast<cudaStream_t>(stream)> > >(arguments);
-  check(cudaGetLastError());
+  void* pointers[] = {const_cast<void*>(static_cast<const void*>(&arguments))};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), blocks, dim3(static_cast<unsigned>(threads)), pointers,
+                         static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)));
 #endif
 }
 
@@ -45,13 +45,5 @@ inline std::string where(const char* kernel, const Stack& stack, int64_t tokens)
 
 // Whether both factors take one product of 16 ranks.
 inline bool few_ranks(const Stack& stack) { return stack.factors.r_steps == 1 && stack.factors.s_steps == 1; }
-
-// with(token tiles, whether ranks are few), both as types
-template <class With>
-void choose(int64_t token_tiles, bool few, With with) {
-  const auto tiled = [&](auto tiles) { few ? with(tiles, std::true_type()) : with(tiles, std::false_type()); };
-  token_tiles == FEW_TOKEN_TILES ? tiled(std::integral_constant<int, FEW_TOKEN_TILES>())
-                                 : tiled(std::integral_constant<int, MANY_TOKEN_TILES>());
-}
 
 }  // namespace stamina::cuda

@@ -23,6 +23,8 @@ constexpr int PAIRS = BLOCKS / 2;     // a pair of sub-blocks takes the two halv
 constexpr int QUARTERS = 4;
 constexpr int TILE_ROWS = 64, STRIP_ROWS = 16, STRIPS = TILE_ROWS / STRIP_ROWS;
 constexpr int RANKS = 16;  // ranks of one product
+// tokens of a block of the forward and of dX, in tiles of 8: the 77 of a prompt
+constexpr int TOKEN_TILES = 10;
 constexpr int HALVES = 8;  // half-precision numbers of a 16-byte word
 
 struct Place {

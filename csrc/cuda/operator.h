@@ -27,11 +27,4 @@ void launch(const SumArguments<T>&, int64_t groups, void* stream);
 
 inline int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// Tokens of a block of the forward and of dX, in tiles of 8: the larger block where it makes fewer of them, for every block
-// makes the mask again.
-constexpr int FEW_TOKEN_TILES = 10, MANY_TOKEN_TILES = 16;
-inline int64_t token_tiles_of(int64_t tokens) {
-  return blocks_of(tokens, 8 * MANY_TOKEN_TILES) < blocks_of(tokens, 8 * FEW_TOKEN_TILES) ? MANY_TOKEN_TILES : FEW_TOKEN_TILES;
-}
-
 }  // namespace stamina::cuda

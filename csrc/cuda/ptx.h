@@ -104,6 +104,12 @@ STAMINA_DEVICE void unpack<Half>(uint32_t both, float& low, float& high) {
   asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(low), "=f"(high) : "r"(both));
 }
 
+// the same number, of which the compiler knows nothing
+STAMINA_DEVICE int opaque(int value) {
+  asm volatile("mov.b32 %0, %0;" : "+r"(value));
+  return value;
+}
+
 // core::uniform of half ODD of a word: a byte permutation puts the 16 bits below the bits of 128
 template <int ODD>
 STAMINA_DEVICE float uniform_of(uint32_t word) {

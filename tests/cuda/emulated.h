@@ -289,6 +289,8 @@ void unpack(uint32_t both, float& low, float& high) {
   high = half_of<T>(both, 1);
 }
 
+inline int opaque(int value) { return value; }
+
 // prmt.b32 in its default mode: byte n of the result is byte (selector >> 4 n) % 8 of the pair
 inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   const uint64_t pair = a | static_cast<uint64_t>(b) << 32;
