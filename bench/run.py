@@ -40,7 +40,7 @@ def parse(
             raise InputError(f"backend {name!r} cannot run here: {status.get(name, (False, 'there is none of that name'))[1]}")
     if not backends:
         elsewhere = {"triton"} if interpreted() or not device.startswith("cuda") else {"cpu"}
-        elsewhere |= {"cuda"} if dtype == "fp32" else set()
+        elsewhere |= {"cuda"} if dtype == "float32" else set()
         backends = [name for name, (available, _) in status.items() if available and name not in elsewhere]
     return Case(SHAPES[shape], batch, rank, DTYPES[dtype], device), backends
 
