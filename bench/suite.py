@@ -45,7 +45,8 @@ PLANS = {
     # the compiled reference comes last, since it takes longest to build
     "cpu": (
         Step("small", dtype="float32", seconds=3, expected=12), Step("small", batch=8, dtype="float32", seconds=3, expected=12),
-        Step("sd15", dtype="float32", rounds=5, seconds=5, expected=50),
+        Step("sd15", dtype="float32", rounds=11, seconds=20, expected=80),
+        Step("sd15", dtype="bfloat16", rounds=11, seconds=20, expected=80),
         Step("small", dtype="float32", compiled=True, seconds=3, expected=40),
     ),
     "sd15": tuple(Step("sd15", batch) for batch in BATCHES),

@@ -1,8 +1,9 @@
 // The one matrix product of the CPU backend:  C[m, v] (+)= Σ_κ L[m, κ] R[κ, v]   m < rows, v < vectors * width, κ < depth
 //
 // L has any strides, R and C are contiguous along v. Every product of the operator is one of these: v runs over columns
-// (A B, P Q, Gᵀ X, Aᵀ dΔ, G W), over tokens (W Xᵀ) or over ranks (dΔ Bᵀ). A block of C lives in registers while κ runs, so an
-// element is one chain of fused multiply-adds in the order of κ: the same bits for every block, thread and instruction set.
+// (A B, P Q, Gᵀ X, Aᵀ dΔ, G W), over tokens (W Xᵀ) or over ranks (dΔ Bᵀ). A block of C lives in registers while κ runs: an
+// element is one chain of fused multiply-adds in the order of κ, and a long one is the sum of chains of CHAIN steps, whose error
+// grows more slowly. So the bits are the same for every block, thread and instruction set.
 #pragma once
 
 #include "kernels.h"
@@ -58,20 +59,33 @@ STAMINA_INLINE void accumulate(typename E::Lane (&sums)[ROWS][VECTORS], Left<E> 
   }
 }
 
+constexpr int64_t CHAIN = 64;
+
 template <class E, int ROWS, int VECTORS>
 void block(Left<E> left, const typename E::Step* right, int64_t right_stride, typename E::Value* c, int64_t c_stride,
            int64_t depth, bool add) {
   using F = typename E::Lane;
-  F sums[ROWS][VECTORS];
+  do {
+    const int64_t steps = depth < CHAIN ? depth : CHAIN;
+    F sums[ROWS][VECTORS];
 #pragma GCC unroll 32
-  for (int m = 0; m < ROWS; ++m)
+    for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) sums[m][v] = add ? load(c + m * c_stride + v * F::width, F()) : F(0.0f);
-  accumulate<E, ROWS, VECTORS>(sums, left, right, right_stride, depth);
+      for (int v = 0; v < VECTORS; ++v) sums[m][v] = F(0.0f);
+    accumulate<E, ROWS, VECTORS>(sums, left, right, right_stride, steps);
 #pragma GCC unroll 32
-  for (int m = 0; m < ROWS; ++m)
+    for (int m = 0; m < ROWS; ++m) {
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v) store(c + m * c_stride + v * F::width, sums[m][v]);
+      for (int v = 0; v < VECTORS; ++v) {
+        typename E::Value* to = c + m * c_stride + v * F::width;
+        store(to, add ? load(to, F()) + sums[m][v] : sums[m][v]);
+      }
+    }
+    left.at += steps * left.step;
+    right += steps * right_stride;
+    depth -= steps;
+    add = true;
+  } while (depth > 0);
 }
 
 // rows of a block beside this many vectors, so that sums and operands fill the registers
