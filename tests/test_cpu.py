@@ -1,5 +1,6 @@
 """The compiled CPU backend: every instruction set by itself, any number of threads, any layout of its arguments."""
 
+from itertools import accumulate
 from types import SimpleNamespace
 
 import cases
@@ -7,6 +8,7 @@ import pytest
 import torch
 from cases import NOISE, assert_close, eager, everything, masks, problem, relative, specified, strided
 from hypothesis import HealthCheck, given, settings, strategies as st
+from torch.profiler import ProfilerActivity, profile
 
 import stamina_fast as sf
 from stamina_fast import cpu, reference
@@ -296,6 +298,22 @@ def test_every_element_is_written(only, monkeypatch):
     monkeypatch.setattr(torch, "empty", poisoned(plain[0]))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(plain[1]))
     assert same(everything(only, arguments, (7, 70, 0)), expected)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_nothing_of_the_weights_size_is_made(only, dtype):
+    """The most that torch's allocator gives at any one time, to C++ too, in forward, backward with penalties and fold."""
+    sizes, k = (2048, 1024, 1024), 1024
+    arguments = problem(4, k, sizes, 2, 2, dtype)
+    past = torch.ones(4096, k)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        cases.run(only, *arguments, sizes, past=past)
+        only.fold.fold_(arguments[2], *arguments[3:], sizes, past)
+    events = profiler.profiler.kineto_results.events()
+    moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    most = max(accumulate(nbytes for _, nbytes in moves))
+    # a left factor widened is 32 KiB, and the results are not more
+    assert 4 * 4096 * arguments[2].element_size() <= most <= 4096 * k
 
 
 # ---- any input -----------------------------------------------------------------------------------------------------
