@@ -24,11 +24,22 @@ from stamina_fast.kernels.philox import (
     load_left,
     load_right,
     low_rank,
+    row_range,
     soft_slope,
     sub_tile,
     wide_dtype,
 )
-from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device, row_tiles, tile_ranges, wide
+from stamina_fast.kernels.tiles import (
+    capability,
+    choose,
+    contiguous,
+    largest_rank,
+    on_device,
+    row_step,
+    row_tiles,
+    tile_ranges,
+    wide,
+)
 
 # rows a program walks: whole row tiles, so that they are those of the forward
 CHUNK_N = 256
@@ -129,7 +140,7 @@ def factors_kernel(
     past_ptr, d_sparsity_ptr, d_forgetting_ptr,
     T, N, k, stride_gt, stride_gn, stride_xt, stride_xk, stride_sn, stride_sk,
     R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
-    SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
+    SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, ROW_STEP: tl.constexpr,
     PRECISION: tl.constexpr, OF_GATE: tl.constexpr, UNIT_TAU: tl.constexpr,
 ):  # fmt: skip
     """dA or dP as left [parts, N, RANK] by part, dB or dQ as right [chunks, RANK, k] and dc [chunks, parts] by chunk.
@@ -142,25 +153,29 @@ def factors_kernel(
     WIDE: tl.constexpr = left_ptr.dtype.element_ty
     RANK: tl.constexpr = S if OF_GATE else R
     # sub-tiles whose dW is made together: a tile of Gᵀ is loaded once for them; more than one only where they fit the registers
-    PLAIN: tl.constexpr = UNIT_TAU and past_ptr is None and d_sparsity_ptr is None
-    FITS: tl.constexpr = R <= 16 and S <= 16 and not (OF_GATE and PRECISION == "tf32")
-    AT_ONCE: tl.constexpr = 2 if PLAIN and FITS else 1
+    CROWDED: tl.constexpr = OF_GATE or past_ptr is not None or R > 16 or S > 16 or PRECISION == "tf32"
+    AT_ONCE: tl.constexpr = 1 if CROWDED else 2
+    # whether the transposed factor is loaded once for all sub-tiles, or where it is used: what spills less, counted
+    ONCE: tl.constexpr = past_ptr is None and not UNIT_TAU
     chunk = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
     offs_r = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
     rows_of_chunk = chunks_ptr + 3 * chunk
-    row0, row1 = tl.load(rows_of_chunk), tl.load(rows_of_chunk + 1)
+    row0, row1 = row_range(rows_of_chunk, ROW_STEP)
     if OF_GATE:
         tau = tl.load(tau_ptr).to(WIDE)
         if (tau == 1) != UNIT_TAU:
             return
+        if d_sparsity_ptr is not None:
+            share = tl.load(d_sparsity_ptr).to(WIDE) / N / k
 
     rights = ()
     for _ in tl.static_range(SUBTILES):
         rights += (tl.full((RANKS, WIDTH), 0.0, WIDE),)
     dc = tl.full((BLOCK_N,), 0.0, WIDE)
     for start in range(row0, row1, BLOCK_N):
-        rows = start + tl.arange(0, BLOCK_N)
+        # the interpreter's loops count in 32 bits
+        rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_N)
         mask_n = rows < row1
         # inside the loop, or the addresses that follow from it would stay in registers throughout
         group = tl.load(rows_of_chunk + 2)
@@ -169,7 +184,9 @@ def factors_kernel(
             words = gate_words(seed_ptr, step_ptr, rows, part, PARTS, WIDTH)
         if OF_GATE or past_ptr is not None:
             a_tiles = left_tiles(a_ptr, rows, mask_n, R, DTYPE)
-        factor_t = load_left(p_ptr if OF_GATE else a_ptr, rows[None, :], mask_n[None, :], offs_r[:, None], RANK, DTYPE)
+        of_factor = (p_ptr if OF_GATE else a_ptr, rows[None, :], mask_n[None, :], offs_r[:, None])
+        if ONCE:
+            factor_t = load_left(*of_factor, RANK, DTYPE)
         left = tl.full((BLOCK_N, RANKS), 0.0, WIDE)
         added = ()
         for first in tl.static_range(0, SUBTILES, AT_ONCE):
@@ -181,10 +198,10 @@ def factors_kernel(
                 columns = sub_tile(part, k, j, PARTS, WIDTH)
                 col0, lanes, mask_k = columns
                 dw = gradients[j - first]
-                if p_ptr is not None:
-                    product = low_rank(p_tiles, q_ptr, rows, group, columns, k, S, DTYPE)
                 if OF_GATE or past_ptr is not None:
                     ab = low_rank(a_tiles, b_ptr, rows, group, columns, k, R, DTYPE)
+                if p_ptr is not None:
+                    product = low_rank(p_tiles, q_ptr, rows, group, columns, k, S, DTYPE)
                 if past_ptr is not None:
                     of_past = (stride_sn, stride_sk)
                     pull = forgetting_gradient(past_ptr, d_forgetting_ptr, ab, rows, mask_n, columns, of_past)
@@ -196,13 +213,14 @@ def factors_kernel(
                     dl = dw * ab
                     dl *= gate_slope(product, bias, words, tau, j, UNIT_TAU)
                     if d_sparsity_ptr is not None:
-                        share = tl.load(d_sparsity_ptr).to(WIDE) / N / k
                         dl += tl.where(mask_n[:, None] & mask_k[None, :], share * soft_slope(product, bias), 0.0)
                     dc += tl.sum(dl, 1)
                     d_product = dl
                 elif p_ptr is not None:
                     ddelta = tl.where(gate_open(product, bias, words, j), dw, 0.0)
                     d_product = ddelta
+                if not ONCE:
+                    factor_t = load_left(*of_factor, RANK, DTYPE)
                 cut = pieces(d_product, DTYPE, PRECISION)
                 other_ptr = q_ptr if OF_GATE else b_ptr
                 factor = load_right(other_ptr, group, offs_r[None, :], col0, lanes[:, None], mask_k[:, None], k, RANK, DTYPE)
@@ -258,19 +276,20 @@ def backward_factors(
 
     def gradients(rank: int, of_gate: bool) -> tuple[Tensor, ...]:
         d_density = d_sparsity if of_gate else None
-        name = "factors" if past is None and d_density is None else "penalty factors"
-        # both variants of tau cut a span into the same parts
-        parts = choose(name, tokens, largest_rank(a, p), x.dtype, capability(x.device)).parts_of(k)
+        kind = "factors" if past is None and d_density is None else "penalty factors"
+        # a pass cuts a span into the same parts for both variants of tau
+        names = (kind.replace("factors", "gate factors"), f"tau {kind}") if of_gate else (kind,)
+        configs = [choose(name, tokens, largest_rank(a, p), x.dtype, capability(x.device)) for name in names]
+        parts = configs[0].parts_of(k)
         left = torch.empty((parts, rows, rank), dtype=wide(x.dtype), device=x.device)
         right, dc = left.new_empty((len(chunks), rank * k)), left.new_empty((len(chunks), parts))
-        for unit_tau in (True, False) if of_gate else (True,):
-            config = choose(name if unit_tau else f"tau {name}", tokens, largest_rank(a, p), x.dtype, capability(x.device))
+        for config, unit_tau in zip(configs, (True, False), strict=False):
             factors_kernel[(len(chunks), parts, max(1, triton.cdiv(rank, RANKS.value)))](
                 left, right, dc, grad, x, a, b, p, q, gate_bias, *((None, None) if p is None else (seed, step)), tau, chunks,
                 past, d_density, d_forgetting,
                 T=tokens, N=rows, k=k, stride_gt=grad.stride(0), stride_gn=grad.stride(1),
                 stride_xt=x.stride(0), stride_xk=x.stride(1), stride_sn=stride_sn, stride_sk=stride_sk,
-                R=r, S=s, BLOCK_T=config.block_t, **config.constants(k), PRECISION=config.precision,
+                R=r, S=s, BLOCK_T=config.block_t, **config.constants(k), ROW_STEP=row_step(sizes), PRECISION=config.precision,
                 OF_GATE=of_gate, UNIT_TAU=unit_tau, **config.launch(),
             )  # fmt: skip
         d_bias = (_sum_chunks(dc, ranges, (groups, parts)).sum(1),) if of_gate else ()

@@ -12,8 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stamina_fast.kernels.philox import gate_rows, gate_words, left_tiles, masked_delta, part_count, sub_tile, wide_dtype
-from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device, row_tiles, wide
+from stamina_fast.kernels.philox import (
+    gate_rows,
+    gate_words,
+    left_tiles,
+    masked_delta,
+    part_count,
+    row_range,
+    sub_tile,
+    wide_dtype,
+)
+from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device, row_step, row_tiles, wide
 
 # dx is split over N until this many programs run; a fixed number, so that the order of a sum is the same on every device
 PROGRAMS = 256
@@ -63,7 +72,7 @@ def input_kernel(
     dx_ptr, g_ptr, w_ptr, a_ptr, b_ptr, p_ptr, q_ptr, bias_ptr, seed_ptr, step_ptr, tiles_ptr,
     T, k, tiles, stride_gt, stride_gn, stride_wn, stride_wk,
     R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, PER_SPLIT: tl.constexpr,
-    SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
+    SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, ROW_STEP: tl.constexpr,
 ):  # fmt: skip
     """dX[split, t, c] = Σ_n G[t, n] (W + M ⊙ A B)[n, c] over PER_SPLIT row tiles; a program owns BLOCK_T tokens and a part."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
@@ -78,7 +87,8 @@ def input_kernel(
         sums += (tl.full((BLOCK_T, WIDTH), 0.0, WIDE),)
     for index in range(split * PER_SPLIT, tl.minimum((split + 1) * PER_SPLIT, tiles)):
         tile = tiles_ptr + 3 * index
-        row0, row1, group = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+        row0, row1 = row_range(tile, ROW_STEP)
+        group = tl.load(tile + 2)
         rows = row0 + tl.arange(0, BLOCK_N)
         mask_n = rows < row1
         g = g_ptr + offs_t[:, None] * stride_gt + rows[None, :] * stride_gn
@@ -154,6 +164,6 @@ def backward_input(grad, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Te
             T=tokens, k=k, tiles=len(tiles), stride_gt=grad.stride(0), stride_gn=grad.stride(1),
             stride_wn=weight.stride(0), stride_wk=weight.stride(1),
             R=a.shape[1], S=0 if p is None else p.shape[1],
-            BLOCK_T=config.block_t, PER_SPLIT=per_split, **config.constants(k), **config.launch(),
+            BLOCK_T=config.block_t, PER_SPLIT=per_split, ROW_STEP=row_step(sizes), **config.constants(k), **config.launch(),
         )  # fmt: skip
     return dx[0] if splits == 1 else dx.sum(0).to(grad.dtype)

@@ -34,6 +34,12 @@ def rank_step(rank):
 
 
 @triton.jit
+def row_range(tile, ROW_STEP: tl.constexpr):
+    """First row and end of rows of an entry of the table of tiles, both multiples of ROW_STEP."""
+    return tl.multiple_of(tl.load(tile), ROW_STEP), tl.multiple_of(tl.load(tile + 1), ROW_STEP)
+
+
+@triton.jit
 def part_count(k, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     """Parts of k columns: none of them is past the last column, but for one of a group of lanes that has none there."""
     GROUPS: tl.constexpr = LANES // WIDTH
@@ -136,10 +142,16 @@ def draws(words, J: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def minus_logit(product, bias):
+    """-L / ln 2 with L = product + c, in one multiply-add."""
+    scale = tl.full(product.shape, -LOG2E, product.dtype)
+    return tl.fma(product, scale, tl.broadcast_to(bias * -LOG2E, product.shape))
+
+
+@triton.jit
 def exp_minus(product, bias):
     """exp(-L) with L = product + c, in one multiply-add and one exp2."""
-    scale = tl.full(product.shape, -LOG2E, product.dtype)
-    return tl.exp2(tl.fma(product, scale, tl.broadcast_to(bias * -LOG2E, product.shape)))
+    return tl.exp2(minus_logit(product, bias))
 
 
 @triton.jit
@@ -180,7 +192,8 @@ def gate_slope(product, bias, words, tau, J: tl.constexpr, UNIT_TAU: tl.constexp
         inverse *= inverse
         slope = (u * inverse) * (v * inverse)
     else:
-        z = (product + bias) * LOG2E + tl.log2(u / (1 - u))
+        inverse = tl.rsqrt(1 - u)
+        z = tl.log2((u * inverse) * inverse) - minus_logit(product, bias)
         e = tl.exp2(-tl.abs(z) * (1 / tau))
         inverse = tl.rsqrt(1 + e)
         inverse *= inverse

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from math import gcd
 
 import torch
 import triton
@@ -72,20 +73,23 @@ SHARES_TENSOR_MEMORY = tuple(int(n) for n in triton.__version__.split(".")[:2]) 
 # are at most 16, and where one is more; see the compile report. Tensor cores of Hopper and of Blackwell's data-centre parts
 # take operands from memory; the others (SMALL) need more registers.
 LARGE = {
-    "forward": (128, 1, 32), "input": (64, 2, 16), "fold": (16, 1, 32), "factors": (32, 2, 32), "tau factors": (16, 2, 32),
-    "penalty factors": (16, 4, 16), "tau penalty factors": (16, 4, 16), "penalties": (16, 2, 16),
+    "forward": (128, 1, 32), "input": (64, 2, 16), "fold": (16, 1, 32), "factors": (32, 2, 32),
+    "gate factors": (32, 2, 32), "tau factors": (16, 2, 32), "penalty factors": (16, 4, 16),
+    "penalty gate factors": (16, 4, 16), "tau penalty factors": (16, 4, 16), "penalties": (16, 2, 16),
 }  # fmt: skip
 LARGE_WIDE = LARGE | {
-    "forward": (128, 2, 16), "factors": (32, 4, 16), "tau factors": (16, 4, 16),
-    "penalty factors": (16, 8, 16), "tau penalty factors": (16, 8, 16),
+    "forward": (128, 2, 16), "factors": (32, 4, 16), "gate factors": (32, 4, 16), "tau factors": (16, 4, 16),
+    "penalty factors": (16, 8, 16), "penalty gate factors": (16, 8, 16), "tau penalty factors": (16, 8, 16),
 }  # fmt: skip
 SMALL = {
-    "forward": (64, 2, 16), "input": (32, 4, 16), "fold": (16, 1, 32), "factors": (32, 4, 16), "tau factors": (16, 4, 16),
-    "penalty factors": (16, 4, 16), "tau penalty factors": (16, 4, 16), "penalties": (16, 2, 16),
+    "forward": (64, 2, 16), "input": (64, 4, 16), "fold": (16, 1, 32), "factors": (32, 4, 16),
+    "gate factors": (64, 4, 16), "tau factors": (16, 4, 16), "penalty factors": (16, 4, 16),
+    "penalty gate factors": (16, 4, 16), "tau penalty factors": (16, 4, 16), "penalties": (16, 2, 16),
 }  # fmt: skip
 SMALL_WIDE = SMALL | {
-    "forward": (64, 4, 16), "input": (32, 8, 16), "factors": (16, 4, 16),
-    "penalty factors": (16, 8, 16), "tau penalty factors": (16, 8, 16), "penalties": (16, 4, 16),
+    "forward": (64, 4, 16), "input": (128, 8, 16), "factors": (16, 4, 16),
+    "gate factors": (32, 4, 16), "penalty factors": (16, 8, 16), "penalty gate factors": (16, 8, 16),
+    "tau penalty factors": (16, 8, 16), "penalties": (16, 4, 16),
 }  # fmt: skip
 
 
@@ -107,8 +111,8 @@ def choose(kernel: str, tokens: int, rank: int, dtype: torch.dtype, gpu: int) ->
 
     rank: the larger of r and s.
 
-    The rows of a tile depend on the dtype alone, so that all kernels make the logits of the same row tiles. Types without exact
-    tensor-core products (fp32, fp64) take small tiles. Where fp32 meets a half-precision factor, NVIDIA's tensor cores do
+    The rows of a tile depend on dtype and GPU alone, so that all kernels make the logits of the same row tiles. Types without
+    exact tensor-core products (fp32, fp64) take small tiles. Where fp32 meets a half-precision factor, NVIDIA's tensor cores do
     two TF32 or three bf16 products that lose nothing; other makers have only the plain fp32 dot. The interpreter takes large
     tiles, since its time is per operation.
     """
@@ -119,8 +123,8 @@ def choose(kernel: str, tokens: int, rank: int, dtype: torch.dtype, gpu: int) ->
         return Config(block_n=16, block_t=16, num_warps=8, precision="ieee")
     precision = "ieee" if not gpu else "split" if dtype == torch.bfloat16 else "tf32"
     if gpu // 10 in (10, 11) and not SHARES_TENSOR_MEMORY:
-        # two warps are too few for the instructions that need tensor memory
-        return Config(block_n=64, block_t=16, num_warps=2, precision=precision, parts=8, width=16)
+        # two warps are too few for the instructions that need tensor memory, and for as many rows without spills
+        return Config(block_n=32, block_t=16, num_warps=2, precision=precision, parts=8 if rank > 16 else 4, width=16)
     large = gpu // 10 in (9, 10, 11)
     tables = (LARGE_WIDE if large else SMALL_WIDE) if rank > 16 else (LARGE if large else SMALL)
     block_t, parts, width = tables[kernel]
@@ -147,6 +151,14 @@ def tile_ranges(sizes: tuple[int, ...], block: int, device: torch.device) -> Ten
     counts = torch.tensor([-(-size // block) for size in sizes], dtype=torch.int64)
     ends = counts.cumsum(0)
     return torch.stack([ends - counts, ends], 1).to(device)
+
+
+def row_step(sizes: tuple[int, ...]) -> int:
+    """The largest power of two up to 16 that divides every size, and so the first row and the end of every tile.
+
+    What a kernel knows to be such a multiple it reads and writes several rows at a time where they lie side by side.
+    """
+    return gcd(16, *sizes)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

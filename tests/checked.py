@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import KernelInterface
-from triton.runtime.interpreter import GridExecutor, interpreter_builder as builder
+from triton.runtime.interpreter import GridExecutor, TensorHandle, interpreter_builder as builder
 
 import stamina_fast.kernels
 
@@ -125,8 +125,8 @@ class Checked(ExitStack):
     """While it lasts, every lane that a mask lets through must be an element of a tensor given to the launch.
 
     Elements, so that gaps between strides count as outside. What `guards` made counts as given where a launch is given its
-    address. No element may be written twice by one store, or by two programs, or written by one and read by another: then
-    the order of the programs decides nothing. Raises InterpreterError at the access.
+    address. What `tl.multiple_of` promises must be so. No element may be written twice by one store, or by two programs, or
+    written by one and read by another: then the order of the programs decides nothing. Raises InterpreterError at the access.
     """
 
     def __init__(self, guards=None):
@@ -142,6 +142,7 @@ class Checked(ExitStack):
         for name in dir(builder):
             if name.startswith("create_atomic"):
                 self.enter_context(patch.object(builder, name, self.refuse))
+        self.enter_context(patch.object(TensorHandle, "set_attr", self.promised))
         return self
 
     def __exit__(self, kind, *details):
@@ -162,6 +163,13 @@ class Checked(ExitStack):
     @staticmethod
     def refuse(*arguments, **options):
         raise RuntimeError("atomics are not checked")
+
+    @staticmethod
+    def promised(handle, name, values):
+        if name != "tt.divisibility":
+            raise RuntimeError(f"{name} is not checked")
+        if (handle.data % np.array(values) != 0).any():
+            raise IndexError(f"not a multiple of {values}")
 
     def checking(self, access, kind):
         def checked(pointers, *rest, **options):

@@ -27,8 +27,8 @@ MODULES = (masked_linear, factors, penalties, fold, rebuild)
 GROUPS = {
     ("forward",): ("y",),
     ("input",): ("dx",),
-    ("factors", "tau factors"): NAMES[2:7],
-    ("penalty factors", "tau penalty factors"): NAMES[2:7],
+    ("factors", "gate factors", "tau factors"): NAMES[2:7],
+    ("penalty factors", "penalty gate factors", "tau penalty factors"): NAMES[2:7],
     ("penalties",): NAMES[7:],
     ("fold",): (),
 }

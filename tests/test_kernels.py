@@ -280,6 +280,10 @@ def test_row_tiles_never_cross():
     assert tiles.row_tiles((), 64, DEVICE).shape == (0, 3)
 
 
+def test_rows_begin_and_end_at_multiples():
+    assert [tiles.row_step(sizes) for sizes in ((320, 0, 1280), (24, 16), (70, 4), (64, 1), ())] == [16, 8, 2, 1, 16]
+
+
 def test_config_is_validated():
     with pytest.raises(ValueError, match="block_n must be a power of two of at least 16, got 48"):
         tiles.Config(block_n=48, block_t=16, num_warps=4, precision="ieee")
@@ -290,8 +294,8 @@ def test_config_is_validated():
 
 
 @pytest.mark.parametrize("table", ["LARGE", "LARGE_WIDE", "SMALL", "SMALL_WIDE"])
-@pytest.mark.parametrize("kernel", ["factors", "penalty factors"])
-def test_the_variants_of_tau_cut_a_span_alike(table, kernel):
+@pytest.mark.parametrize(("unit", "other"), [("gate factors", "tau factors"), ("penalty gate factors", "tau penalty factors")])
+def test_the_variants_of_tau_cut_a_span_alike(table, unit, other):
     """They write the same buffers, so a part is the same columns in both."""
     table = getattr(tiles, table)
-    assert table[kernel][1:] == table[f"tau {kernel}"][1:]
+    assert table[unit][1:] == table[other][1:]

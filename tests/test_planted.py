@@ -37,7 +37,7 @@ PLANTED = {
                                "delta = tl.where(gate_open(product, bias, words, J), 0.0, delta)"),
     "the slope is s squared": ("philox", "slope = (u * inverse) * (v * inverse)", "slope = (u * inverse) * (u * inverse)"),
     "the slope forgets 1 / tau": ("philox", "(inverse * (1 / tau))", "inverse"),
-    "the slope forgets the noise": ("philox", "+ tl.log2(u / (1 - u))", ""),
+    "the slope forgets the noise": ("philox", "tl.log2((u * inverse) * inverse) - minus_logit", "-minus_logit"),
     "only the first ranks count": ("philox", "for r0 in tl.static_range(0, RANK, STEP)",
                                    "for r0 in tl.static_range(0, STEP, STEP)"),
     # tiles

@@ -152,6 +152,14 @@ def test_two_programs_in_one_element_are_caught(module, old, new, planted, monke
         launch(kernels, module, problem(3, 300, sizes, 3, 5, torch.float16), sizes)
 
 
+@pytest.mark.parametrize("module", ["masked_linear", "factors"])
+def test_a_false_multiple_is_caught(module, planted):
+    """Rows that are said to begin and end at multiples of 16 and do not: a GPU would read several at once and miss some."""
+    kernels, sizes = planted("tiles", "gcd(16, *sizes)", "16"), (7, 3)
+    with pytest.raises(InterpreterError, match="not a multiple of"), Checked():
+        launch(kernels, module, problem(3, 40, sizes, 3, 5, torch.float32), sizes)
+
+
 def test_a_write_next_to_a_tensor_shows(planted):
     """Without the checked interpreter the guards alone see it."""
     kernels = planted("masked_linear", "mask_n[:, None] & mask_t[None, :])", "mask_n[:, None])")
