@@ -1,11 +1,11 @@
 #define STAMINA_NAMESPACE generic
 #define STAMINA_FLOAT64 1
 #include "lanes_generic.h"
-#include "strips.h"
+#include "table.h"
 
 namespace stamina::generic {
-extern const Kernels float32 = Operator<float, false>::table();
-extern const Kernels float64 = Operator<double, false>::table();
-extern const Kernels bfloat16 = Operator<Bf16, false>::table();
-extern const Kernels float16 = Operator<Half, false>::table();
+extern const Kernels float32 = table<float, false>();
+extern const Kernels float64 = table<double, false>();
+extern const Kernels bfloat16 = table<Bf16, false>();
+extern const Kernels float16 = table<Half, false>();
 }  // namespace stamina::generic
