@@ -1,4 +1,4 @@
-# Every target sets itself up: .venv (or the active environment) is filled once, and again when pyproject.toml changes.
+# Every target sets itself up: .venv (or the active environment) is filled once, and again when pyproject.toml or csrc changes.
 # `make test PYTHON=/path/to/python` uses that interpreter as it stands and installs nothing.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -42,14 +42,14 @@ bench: $(READY) ## what the operators cost on this CPU, in about three minutes; 
 gpu: $(READY) ## every GPU test, compute-sanitizer and the whole bench, in 20 minutes; leaves one folder to commit
 	$(PYTHON) -m bench.gpu $(ARGS)
 
-wheel: $(READY) ## a pure wheel in dist/
+wheel: $(READY) ## a wheel in dist/
 	$(PYTHON) -m build --wheel --no-isolation --outdir dist .
 
 clean: ## removes what the other targets built, and no RUN
 	rm -rf .venv dist build .pytest_cache .ruff_cache .hypothesis
 
 # the pinned torch comes first: it is a CPU or a CUDA build according to where pip finds it
-$(READY): pyproject.toml
+$(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*/*)
 	@if [ ! -x "$(PYTHON)" ]; then \
 	  for python in python3.13 python3.12 python3.11 python3 python; do \
 	    if $$python -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null; then \
@@ -61,6 +61,7 @@ $(READY): pyproject.toml
 	  echo "Python 3.11, 3.12 or 3.13 with venv is needed and none was found; install one (Debian: python3-venv)" >&2; exit 2; \
 	fi
 	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install --quiet torch==$(TORCH)
-	@$(PYTHON) -m pip install --quiet "scikit-build-core>=0.11"
-	@$(PYTHON) -m pip install --quiet --no-build-isolation -e ".[test]"
+	@$(PYTHON) -m pip install --quiet "scikit-build-core>=0.11" cmake ninja
+	@CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PYTHON) -m pip install --quiet --no-build-isolation -e ".[test]"
+	@$(PYTHON) -c 'from stamina_fast import cpu; print(cpu.load() or "compiled for " + ", ".join(cpu.instruction_sets()))'
 	@touch "$@"
