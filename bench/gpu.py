@@ -1,10 +1,10 @@
 """Everything that a GPU can show, unattended and within a time: `make gpu`, or `python -m bench.gpu` in a checkout.
 
-The stages run one after another, each in a process of its own with its own log and limit: the GPU tests, compute-sanitizer,
-and the bench in parts. What is left is one folder to commit, with summary.md on top. Run again, it goes on: a stage that
-this very code has passed in that folder is not repeated. Needs torch, triton, numpy, pytest, safetensors and transformers;
-peft for its arm, diffusers for the tests that train, matplotlib for the plots. Nothing is installed: the package is used as
-it lies in the checkout.
+The stages run one after another, each in a process of its own with its own log and limit: _C_cuda built for this GPU, the GPU
+tests, compute-sanitizer, and the bench in parts. What is left is one folder to commit, with summary.md on top. Run again, it
+goes on: a stage that this very code has passed in that folder is not repeated. Needs torch, triton, numpy, pytest, safetensors
+and transformers; nvcc and cmake for _C_cuda, peft for its arm, diffusers for the tests that train, matplotlib for the plots.
+Nothing is installed: the package is used as it lies in the checkout.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -61,6 +62,20 @@ def stages(output: Path) -> list[Stage]:
         command = (python, "-m", "pytest", *settings, *paths)
         return Stage(name, command, limit, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, report)
 
+    def build(limit: float) -> Stage:
+        """_C_cuda into the package; without it every stage goes on with the other backends."""
+        missing = [tool for tool in ("nvcc", "cmake") if not shutil.which(tool)]
+        folder = output / "build"
+        settings = (f"-DPython_EXECUTABLE={python}", "-DSTAMINA_CUDA_ARCHITECTURES=native")
+        steps = (
+            ["cmake", "-S", str(ROOT), "-B", str(folder), *settings],
+            ["cmake", "--build", str(folder), "--target", "_C_cuda", "--parallel"],
+            ["cp", str(folder / "csrc" / "cuda" / "_C_cuda.so"), str(ROOT / "stamina_fast")],
+            ["rm", "-r", str(folder)],
+        )
+        script = " && ".join(map(shlex.join, steps))
+        return Stage("build", ("bash", "-c", script), limit, left_out=f"{' and '.join(missing)} not on PATH" if missing else "")
+
     def bench(plan: str, limit: float) -> Stage:
         suite = (python, "-m", "stamina_fast.bench.suite", plan, "--device", "cuda", "--output", str(output), "--resume")
         return Stage(f"bench-{plan}", (*suite, "--minutes", f"{0.9 * limit / 60:.2f}"), limit)
@@ -77,7 +92,7 @@ def stages(output: Path) -> list[Stage]:
 
     kernels = [f"tests/test_{name}.py" for name in ("kernels", "gate", "penalties")]
     return [
-        Stage("imports", (python, "-c", imports), 90),
+        build(240), Stage("imports", (python, "-c", imports), 90),
         tests("tests", 400, "tests/gpu"), bench("sd15", 180), sanitizer(None, 150),
         *(sanitizer(tool, 90) for tool in SANITIZERS),
         tests("kernel-tests", 240, *kernels), bench("sdxl", 210), bench("compiled", 240), bench("ranks", 150),
@@ -89,13 +104,17 @@ def stages(output: Path) -> list[Stage]:
 def checkout() -> Iterator[Path]:
     """A folder for PYTHONPATH in which the package is whole: stamina_fast/ with kernels/ and bench/ in it, all links."""
     with tempfile.TemporaryDirectory(prefix="stamina-fast-") as folder:
-        package = Path(folder) / "stamina_fast"
-        package.mkdir()
-        parts = [*(ROOT / "stamina_fast").iterdir(), ROOT / "kernels", ROOT / "bench"]
-        for part in parts:
-            if part.name != "__pycache__":
-                (package / part.name).symlink_to(part)
+        (Path(folder) / "stamina_fast").mkdir()
+        link_parts(Path(folder))
         yield Path(folder)
+
+
+def link_parts(folder: Path) -> None:
+    """Links to the parts of the package that the folder does not have yet: a stage may have built one."""
+    for part in (*(ROOT / "stamina_fast").iterdir(), ROOT / "kernels", ROOT / "bench"):
+        link = folder / "stamina_fast" / part.name
+        if part.name != "__pycache__" and not link.exists():
+            link.symlink_to(part)
 
 
 def ended(process: subprocess.Popen, limit: float) -> int | None:
@@ -200,6 +219,7 @@ def everything(output: Path, minutes: float, only: list[str]) -> bool:
                     continue
                 print(f"{stage.name} …", flush=True)
                 record = run_stage(stage, output, path, end - time.monotonic())
+                link_parts(path)
             records[stage.name] = record
             print(f"{stage.name}: {record['state']}, {record['seconds']:.0f} s", *record["notes"], sep="\n  ", flush=True)
             summarize(output, facts, records)
