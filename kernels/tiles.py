@@ -88,7 +88,7 @@ SMALL = {
 }  # fmt: skip
 SMALL_WIDE = SMALL | {
     "forward": (64, 4, 16), "input": (128, 8, 16), "factors": (16, 4, 16),
-    "gate factors": (32, 4, 16), "penalty factors": (16, 8, 16), "penalty gate factors": (16, 8, 16),
+    "penalty factors": (16, 8, 16), "penalty gate factors": (16, 8, 16),
     "tau penalty factors": (16, 8, 16), "penalties": (16, 4, 16),
 }  # fmt: skip
 
