@@ -1,4 +1,4 @@
-// bf16 and fp16 as they lie in memory, and the conversions: to nearest, ties to even; a narrowed number that is none stays none.
+// bf16 and fp16 as they lie in memory, and the conversions: to nearest, ties to even; not a number stays none.
 #pragma once
 
 #include "lanes.h"

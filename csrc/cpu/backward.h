@@ -80,7 +80,8 @@ struct BackwardOf {
           }
           store(room.d_weight + at, masked<MODE>(d, product, bias, u));
           if constexpr (MODE != Mode::ones) {
-            const F slope = unit ? unit_slope(u, odds_against(product, bias, u)) : tempered_slope(product, bias, u, inverse_tau);
+            const F slope =
+                unit ? unit_slope(u, odds_against(product, bias, u)) : tempered_slope(product, bias, u, inverse_tau);
             F d_logits = (d * residual) * slope;
             if (f.d_sparsity != 0)
               d_logits = fused(soft_slope(exp_minus(product, bias)) * load(room.exists + c, F()), soft, d_logits);
@@ -152,7 +153,8 @@ struct BackwardOf {
       product<Pairs>(rows.rows, vectors, pairs, {room.grad_pairs, pairs, 1}, x, columns, room.d_weight, PITCH, false);
     } else {
       const T* x = static_cast<const T*>(f.x) + span.first;
-      product<Multiply<F>>(rows.rows, vectors, f.tokens, {room.grad, 1, BACKWARD_ROWS}, x, columns, room.d_weight, PITCH, false);
+      const Left<Multiply<F>> grad{room.grad, 1, BACKWARD_ROWS};
+      product<Multiply<F>>(rows.rows, vectors, f.tokens, grad, x, columns, room.d_weight, PITCH, false);
     }
   }
 };

@@ -69,17 +69,17 @@ void forward(Tensor x, Tensor weight, Tensor a, Tensor b, Maybe p, Maybe q, Mayb
                    matrix(weight), data(past), static_cast<double*>(room(penalties)));
 }
 
-void backward(Tensor grad, Tensor x, Tensor weight, Tensor a, Tensor b, Maybe p, Maybe q, Maybe bias, std::vector<int64_t> sizes,
-              Maybe seed, Maybe step, double tau, Maybe past, double d_sparsity, double d_forgetting, Maybe dx, Maybe da, Maybe db,
-              Maybe dp, Maybe dq, Maybe dc, std::string instructions) {
+void backward(Tensor grad, Tensor x, Tensor weight, Tensor a, Tensor b, Maybe p, Maybe q, Maybe bias,
+              std::vector<int64_t> sizes, Maybe seed, Maybe step, double tau, Maybe past, double d_sparsity,
+              double d_forgetting, Maybe dx, Maybe da, Maybe db, Maybe dp, Maybe dq, Maybe dc, std::string instructions) {
   const stamina::Gradients gradients{room(dx), room(da), room(db), room(dp), room(dq), room(dc)};
-  stamina::backward(problem(weight, sizes, instructions), factors(a, b, p, q, bias, seed, step), gradients, matrix(grad), matrix(x),
-                    x.size(0), matrix(weight), tau, data(past), d_sparsity, d_forgetting);
+  stamina::backward(problem(weight, sizes, instructions), factors(a, b, p, q, bias, seed, step), gradients, matrix(grad),
+                    matrix(x), x.size(0), matrix(weight), tau, data(past), d_sparsity, d_forgetting);
 }
 
 // p, q and bias have a tensor without elements, of one dimension, for a task that has none
-void fold(Tensor weight, Tensor before, std::vector<Tensor> a, std::vector<Tensor> b, std::vector<Tensor> p, std::vector<Tensor> q,
-          std::vector<Tensor> bias, std::vector<int64_t> sizes, Maybe master, std::string instructions) {
+void fold(Tensor weight, Tensor before, std::vector<Tensor> a, std::vector<Tensor> b, std::vector<Tensor> p,
+          std::vector<Tensor> q, std::vector<Tensor> bias, std::vector<int64_t> sizes, Maybe master, std::string instructions) {
   std::vector<stamina::Factors> tasks;
   for (size_t i = 0; i < a.size(); ++i) {
     const bool gate = p[i].dim() == 2;
@@ -98,4 +98,6 @@ STABLE_TORCH_LIBRARY_IMPL(stamina_fast, CPU, m) {
   m.impl("cpu_fold_", TORCH_BOX(&fold));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(stamina_fast, CompositeExplicitAutograd, m) { m.impl("cpu_instruction_sets", TORCH_BOX(&instruction_sets)); }
+STABLE_TORCH_LIBRARY_IMPL(stamina_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_instruction_sets", TORCH_BOX(&instruction_sets));
+}

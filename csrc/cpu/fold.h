@@ -91,7 +91,8 @@ struct FoldOf {
 
   // ROWS rows and VECTORS vectors from column c of the span on: from + M ⊙ AB, to either target or both
   template <int ROWS, int VECTORS, class From>
-  static void fold_block(const Task& task, const Rows& rows, int64_t first, int64_t c, int64_t columns, const FoldAt<From>& at) {
+  static void fold_block(const Task& task, const Rows& rows, int64_t first, int64_t c, int64_t columns,
+                         const FoldAt<From>& at) {
     F sums[ROWS][VECTORS];
     decltype(greater(F(), F())) open[ROWS][VECTORS];
     const bool gate = task.gate.present;

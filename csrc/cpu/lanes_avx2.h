@@ -84,7 +84,8 @@ STAMINA_INLINE void store(Half* to, Float a) {
 STAMINA_INLINE void stream(float* to, Float a) { _mm256_stream_ps(to, a.v); }
 STAMINA_INLINE void stream(Bf16* to, Float a) {
   const __m256i low = bf16_bits(bits(a)).v;
-  _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
+  _mm_stream_si128(reinterpret_cast<__m128i*>(to),
+                   _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1)));
 }
 STAMINA_INLINE void stream(Half* to, Float a) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));

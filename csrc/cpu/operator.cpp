@@ -29,7 +29,8 @@ std::vector<std::string> instruction_sets() {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512 && __builtin_cpu_supports("avx512bf16")) names.push_back("avx512_bf16");
   if (avx512) names.push_back("avx512");
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) names.push_back("avx2");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (avx2) names.push_back("avx2");
 #endif
   names.push_back("generic");
   return names;
@@ -78,7 +79,8 @@ void forward_of(const Problem& problem, const Factors& f, Matrix y, Matrix x, in
   const auto strips = cut(problem.sizes, code.forward_rows);
   const auto count = static_cast<int64_t>(strips.size());
   std::vector<double> sums(penalties ? 2 * count : 0);
-  const Forward call{pack.residual(f), weight, y, pack.token_blocks(x, tokens), tokens, penalties ? sums.data() : nullptr, past};
+  double* const room = penalties ? sums.data() : nullptr;
+  const Forward call{pack.residual(f), weight, y, pack.token_blocks(x, tokens), tokens, room, past};
   each(problem.surroundings, count, code.forward_scratch(call),
        [&](int64_t strip, void* scratch) { code.forward(call, strips[strip], strip, scratch); });
   if (!penalties) return;
@@ -138,7 +140,8 @@ void backward_of(const Problem& problem, const Factors& f, const Gradients& to, 
   const Kernels& code = kernels(problem);
   Arena arena(problem.surroundings);
   Packer<Store> pack(problem, code, arena);
-  const int64_t rows = pack.rows(), columns = pack.columns(), k = problem.k, row_bytes = columns * static_cast<int64_t>(sizeof(T));
+  const int64_t rows = pack.rows(), columns = pack.columns(), k = problem.k;
+  const int64_t row_bytes = columns * static_cast<int64_t>(sizeof(T));
   const bool factors = to.da != nullptr, gate = f.p != nullptr;
 
   Backward call{};
@@ -217,7 +220,8 @@ void fold_of(const Problem& problem, const std::vector<Factors>& tasks, Matrix w
   Packer<Store> pack(problem, code, arena);
   std::vector<Task> packed;
   for (const Factors& f : tasks) packed.push_back({pack.low_rank(f.a, f.b, f.r), pack.gate(f)});
-  const Fold call{weight, before, master, before_is_wide, packed.data(), static_cast<int64_t>(packed.size()), problem.k, pack.columns()};
+  const auto count = static_cast<int64_t>(packed.size());
+  const Fold call{weight, before, master, before_is_wide, packed.data(), count, problem.k, pack.columns()};
   const auto strips = cut(problem.sizes, code.fold_rows);
   each(problem.surroundings, static_cast<int64_t>(strips.size()), code.fold_scratch(call),
        [&](int64_t strip, void* scratch) { code.fold(call, strips[strip], scratch); });

@@ -42,7 +42,8 @@ struct Factors {
 };
 
 // y [T, N] = x (W + M ⊙ AB)ᵀ; penalties: null, or room for Σ sigmoid(L) and Σ (S ⊙ M ⊙ AB)² with S = past [N, k], wide, or null
-void forward(const Problem&, const Factors&, Matrix y, Matrix x, int64_t tokens, Matrix weight, const void* past, double* penalties);
+void forward(const Problem&, const Factors&, Matrix y, Matrix x, int64_t tokens, Matrix weight, const void* past,
+             double* penalties);
 
 // The gradients, wide and contiguous: dx [T, k], da [N, r], db [G, r, k], dp, dq, dc [G]. dx null: not needed; da null: no
 // factor's is. S = past as above, d_sparsity and d_forgetting the gradients of the penalties.

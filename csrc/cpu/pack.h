@@ -30,7 +30,8 @@ class Arena {
 };
 
 // work(item, scratch of this thread) for items 0 to count - 1, each once, in whatever order threads come to them
-inline void each(const Surroundings& surroundings, int64_t count, int64_t bytes, const std::function<void(int64_t, void*)>& work) {
+inline void each(const Surroundings& surroundings, int64_t count, int64_t bytes,
+                 const std::function<void(int64_t, void*)>& work) {
   const int64_t stride = (bytes + 63) / 64 * 64;
   const auto scratch = stride ? surroundings.allocate(stride * surroundings.threads) : nullptr;
   std::atomic<int64_t> next{0}, workers{0};
@@ -59,10 +60,12 @@ struct Wide<double> {
   using Type = double;
 };
 
+// values of a packed row of k: an odd number of cache lines, or the rows would meet in a few sets of the cache
+inline int64_t padded_rows(int64_t k) { return padded(k) / PAD % 2 ? padded(k) : padded(k) + PAD; }
+
 inline uint32_t pair_of(Bf16 low, Bf16 high) { return low.bits | static_cast<uint32_t>(high.bits) << 16; }
 
-// Packs operands of one dtype as one instruction set wants them. Their rows are an odd number of cache lines long, or they would
-// meet in a few sets of the cache.
+// Packs operands of one dtype as one instruction set wants them.
 template <class Store>
 class Packer {
  public:
@@ -71,7 +74,7 @@ class Packer {
   static constexpr bool BF16 = std::is_same_v<Store, Bf16>;
 
   Packer(const Problem& problem, const Kernels& kernels, Arena& arena)
-      : problem_(problem), kernels_(kernels), arena_(arena), rows_(stack_rows(problem)), columns_(padded(problem.k) / PAD % 2 ? padded(problem.k) : padded(problem.k) + PAD),
+      : problem_(problem), kernels_(kernels), arena_(arena), rows_(stack_rows(problem)), columns_(padded_rows(problem.k)),
         groups_(static_cast<int64_t>(problem.sizes.size())) {}
 
   int64_t columns() const { return columns_; }

@@ -2,8 +2,8 @@
 //
 // L has any strides, R and C are contiguous along v. Every product of the operator is one of these: v runs over columns
 // (A B, P Q, Gᵀ X, Aᵀ dΔ, G W), over tokens (W Xᵀ) or over ranks (dΔ Bᵀ). A block of C lives in registers while κ runs: an
-// element is one chain of fused multiply-adds in the order of κ, and a long one is the sum of chains of CHAIN steps, whose error
-// grows more slowly. So the bits are the same for every block, thread and instruction set.
+// element is a chain of fused multiply-adds in the order of κ; a long one is the sum of chains of CHAIN steps, whose error grows
+// more slowly. So the bits are the same for every block, thread and instruction set.
 #pragma once
 
 #include "kernels.h"

@@ -1,4 +1,4 @@
-// What the forward, the backward and the fold share: spans of columns, their rows in memory, their noise and their low-rank products.
+// What the forward, the backward and the fold share: spans of columns, their rows in memory, their noise, their products.
 #pragma once
 
 #include <type_traits>
@@ -71,7 +71,8 @@ template <class Store>
 STAMINA_INLINE void expect_row(const Matrix& matrix, int64_t row, Span span) {
   if (matrix.column != 1) return;
   const char* at = static_cast<const char*>(matrix.at) + (row * matrix.row + span.first) * static_cast<int64_t>(sizeof(Store));
-  for (int64_t byte = 0; byte < span.count * static_cast<int64_t>(sizeof(Store)); byte += 64) __builtin_prefetch(at + byte, 0, 2);
+  const int64_t bytes = span.count * static_cast<int64_t>(sizeof(Store));
+  for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
 }
 
 template <class Store>

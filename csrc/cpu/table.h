@@ -12,8 +12,8 @@ constexpr Kernels table() {
   using Forwards = ForwardOf<Store, PAIRS>;
   using Backwards = BackwardOf<Store, PAIRS>;
   using Folds = FoldOf<Store, PAIRS>;
-  return {PAIRS, TOKEN_BLOCK, FORWARD_ROWS, FOLD_CALL, Forwards::scratch, Forwards::forward, Backwards::scratch, Backwards::backward,
-          Folds::scratch, Folds::fold};
+  return {PAIRS, TOKEN_BLOCK, FORWARD_ROWS, FOLD_CALL, Forwards::scratch, Forwards::forward, Backwards::scratch,
+          Backwards::backward, Folds::scratch, Folds::fold};
 }
 
 }  // namespace stamina::STAMINA_NAMESPACE
