@@ -141,7 +141,8 @@ void input(Tensor grad, Tensor weight, Tensors packed, Tensor bias, Tensor tiles
   });
 }
 
-// operands: grad, x, Aᵀ, Bᵀ, Pᵀ, Qᵀ packed; parts: of dA, dB, dP, dQ, dc, the last three without elements where there is no gate
+// operands: grad, x, Aᵀ, Bᵀ, Pᵀ, Qᵀ packed;
+// parts: of dA, dB, dP, dQ, dc, the last three without elements where there is no gate
 void factors(Tensors operands, Tensors packed, Tensor bias, Tensor tiles, Tensor chunks, Maybe seed, Maybe step, Tensor tau,
              Maybe past, Maybe d_sparsity, Maybe d_forgetting, Tensors parts) {
   by_dtype(packed[0], [&](auto dtype) {

@@ -1,4 +1,4 @@
-// A GPU for a plain compiler: csrc/cuda/ptx.h lane by lane, from the tables of the PTX ISA, and the threads of a block as fibers.
+// A GPU for a plain compiler: csrc/cuda/ptx.h lane by lane, from the PTX ISA's tables, and the threads of a block as fibers.
 //
 // A block's threads take turns, each until it needs the others. Shared memory starts as not-a-number; asynchronous copies
 // happen when they are waited for and not before, so that a missing wait shows; 16-byte accesses must be aligned.
