@@ -52,7 +52,8 @@ def gate(arms: list[Arm], problem) -> tuple[list[Arm], dict[str, dict], list[str
     for arm in arms:
         if arm.kind not in truths:
             truths[arm.kind] = truth(problem, arm.kind)
-        verdicts[arm.name] = judge(arm.outputs(), truths[arm.kind], problem.case.dtype)
+        products = len(arm.products[0].grads) if arm.products else 1
+        verdicts[arm.name] = judge(arm.outputs(), truths[arm.kind], problem.case.dtype, products)
         wrong = [
             f"{name} {v['most']:.1e} and {v['all']:.1e}" for name, v in verdicts[arm.name].items() if not v["green"]
         ]
