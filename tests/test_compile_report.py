@@ -63,6 +63,18 @@ print(*faults(row), sep="\\n")
 """
 
 
+COMMITTED = """
+import json
+from bench.compile_report import ARCHITECTURES, KERNELS, OUTPUT, faults
+rows = json.loads(OUTPUT.with_suffix(".json").read_text())
+found = {(row["triton"].rpartition(".")[0], row["kernel"], row["arch"], row["dtype"]) for row in rows}
+versions = {version for version, *_ in found}
+assert "3.6" in versions and len(versions) > 1, versions
+assert found == {(v, k, a, d) for v in versions for k in KERNELS for a in ARCHITECTURES for d in ("bf16", "fp16")}
+print(*(fault for row in rows for fault in faults(row)), sep="\\n")
+"""
+
+
 def without_interpreter(code: str) -> str:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
@@ -74,3 +86,8 @@ def test_faults_are_found():
     said = without_interpreter(READ)
     for fault in ("8 bytes of stack", "wanted HGMMA", "600 columns of tensor memory", "99.0 slots", "9.0 special functions"):
         assert fault in said
+
+
+def test_the_committed_report_is_whole_and_without_a_fault():
+    """Of the oldest Triton that is supported and of a newer one: every kernel and architecture, and no spill."""
+    assert without_interpreter(COMMITTED).strip() == ""
