@@ -22,11 +22,11 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from .compile_report import TOOLS, counted, gate_loop, parse, widest_load
 
-PACKAGE = Path(__file__).resolve().parent.parent / "stamina_fast"
 OUTPUT = Path(__file__).parent / "results" / "compile_report_cuda"
 # {kernel: (threads of a block, weights that it handles in one turn of its loop)}; a turn: one span of 256 columns and 64
 # rows; of dx, 32 rows; of the factors, 16
@@ -132,7 +132,8 @@ def markdown(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("library", type=Path, nargs="?", default=next(iter(sorted(PACKAGE.glob("_C_cuda*.so"))), None))
+    built = find_spec("stamina_fast._C_cuda")
+    parser.add_argument("library", type=Path, nargs="?", default=built and built.origin)
     parser.add_argument("--check", action="store_true", help="fail on a fault, and write nothing")
     options = parser.parse_args()
     if options.library is None:

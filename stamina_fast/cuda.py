@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -48,15 +49,15 @@ BLOCKS = 132
 @cache
 def load() -> str:
     """Load the compiled library; why it cannot be, or an empty string."""
-    candidates = sorted(Path(__file__).parent.glob("_C_cuda*"))
-    if not candidates:
+    found = find_spec(f"{__package__}._C_cuda")
+    if found is None:
         return "the CUDA part is missing; reinstall where nvcc is found (README, Install)"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     try:
-        torch.ops.load_library(str(candidates[0]))
+        torch.ops.load_library(found.origin)
     except OSError as error:
-        return f"{candidates[0].name} cannot be loaded: {error}; it was built for another torch or machine: reinstall"
+        return f"{Path(found.origin).name} cannot be loaded: {error}; it was built for another torch or machine: reinstall"
     return ""
 
 
