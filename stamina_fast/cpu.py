@@ -1,8 +1,8 @@
 """The CPU backend: csrc/cpu behind torch operators. Tensors are allocated here and filled there.
 
 Threads and SIMD, nothing of size N × k beside the weight; the same bits for any number of threads. The logits and the noise
-are the same on every instruction set, so masks and folds are too; products differ in the last bits only where bf16 is
-multiplied in pairs.
+are the same on every instruction set, so masks and folds are too; of the rest, the last bits differ where bf16 is multiplied in
+pairs, and of the penalties and dc, which are summed lane by lane.
 """
 
 from __future__ import annotations

@@ -222,11 +222,12 @@ def test_threads_change_no_bit(only, dtype):
     assert all(same(made[0], other) for other in made[1:])
 
 
+@pytest.mark.parametrize(("r", "s"), [(5, 3), (67, 130)])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_instruction_sets_agree(dtype):
+def test_instruction_sets_agree(dtype, r, s):
     """Bit for bit on the mask, and on a fold by itself, into a master and of many tasks; products within a rounding."""
     sizes, k = (33, 70), 270
-    arguments = problem(9, k, sizes, 5, 3, dtype)
+    arguments = problem(9, k, sizes, r, s, dtype)
     sets = [kernels(name) for name in cpu.instruction_sets()]
     if len(sets) == 1:
         pytest.skip("this machine has but one")

@@ -75,13 +75,14 @@ struct FoldOf {
     const Left<E> left{static_cast<const Step*>(factors.left) + rows.first * factors.steps, factors.steps, 1};
     const Step* right = static_cast<const Step*>(factors.right) + rows.group * factors.steps * columns + column;
     zero(sums);
-    accumulate<E, ROWS, VECTORS>(sums, left, right, columns, smaller(CHAIN, factors.steps));
+    accumulate<E, ROWS, VECTORS>(sums, left, right, columns, smaller(E::CHAIN_STEPS, factors.steps));
     // of high ranks, the sum of chains, as elsewhere: the mask must be the same
-    for (int64_t done = CHAIN; done < factors.steps; done += CHAIN) {
+    for (int64_t done = E::CHAIN_STEPS; done < factors.steps; done += E::CHAIN_STEPS) {
       F more[ROWS][VECTORS];
       zero(more);
       const Left<E> rest{left.at + done, factors.steps, 1};
-      accumulate<E, ROWS, VECTORS>(more, rest, right + done * columns, columns, smaller(CHAIN, factors.steps - done));
+      accumulate<E, ROWS, VECTORS>(more, rest, right + done * columns, columns,
+                                   smaller(E::CHAIN_STEPS, factors.steps - done));
 #pragma GCC unroll 32
       for (int m = 0; m < ROWS; ++m)
 #pragma GCC unroll 8

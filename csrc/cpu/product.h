@@ -2,7 +2,7 @@
 //
 // L has any strides, R and C are contiguous along v. Every product of the operator is one of these: v runs over columns
 // (A B, P Q, Gᵀ X, Aᵀ dΔ, G W), over tokens (W Xᵀ) or over ranks (dΔ Bᵀ). A block of C lives in registers while κ runs: an
-// element is a chain of fused multiply-adds in the order of κ; a long one is the sum of chains of CHAIN steps, whose error grows
+// element is a chain of fused multiply-adds in the order of κ; a long one is the sum of chains of CHAIN values, whose error grows
 // more slowly. So the bits are the same for every block, thread and instruction set.
 #pragma once
 
@@ -10,9 +10,13 @@
 
 namespace stamina::STAMINA_NAMESPACE {
 
+// values of a chain, whatever a step takes of them
+constexpr int64_t CHAIN = 64;
+
 // one step of κ: a value of L, spread over lanes, times a vector of R
 template <class F>
 struct Multiply {
+  static constexpr int64_t CHAIN_STEPS = CHAIN;
   using Lane = F;
   using Value = typename F::Value;
   using Step = Value;
@@ -25,6 +29,7 @@ struct Multiply {
 #ifdef __AVX512BF16__
 // one step of κ is a pair of bf16
 struct MultiplyPairs {
+  static constexpr int64_t CHAIN_STEPS = CHAIN / 2;
   using Lane = Float;
   using Value = float;
   using Step = uint32_t;
@@ -59,14 +64,12 @@ STAMINA_INLINE void accumulate(typename E::Lane (&sums)[ROWS][VECTORS], Left<E> 
   }
 }
 
-constexpr int64_t CHAIN = 64;
-
 template <class E, int ROWS, int VECTORS>
 void block(Left<E> left, const typename E::Step* right, int64_t right_stride, typename E::Value* c, int64_t c_stride,
            int64_t depth, bool add) {
   using F = typename E::Lane;
   do {
-    const int64_t steps = depth < CHAIN ? depth : CHAIN;
+    const int64_t steps = depth < E::CHAIN_STEPS ? depth : E::CHAIN_STEPS;
     F sums[ROWS][VECTORS];
 #pragma GCC unroll 32
     for (int m = 0; m < ROWS; ++m)
