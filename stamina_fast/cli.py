@@ -119,6 +119,7 @@ def sample(
     guidance: Annotated[float, typer.Option(min=1.0, help="Classifier-free guidance; 1 is none.")] = 7.5,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 50,
     output: Annotated[Path, typer.Option(help="The folder to make; one that is there must be empty.")] = Path("samples"),
+    cache: Annotated[bool, typer.Option("--cache", help="Keys and values once for all steps; same pictures.")] = False,
     device: Device = None,
 ) -> None:
     """Draw pictures of a prompt: one PNG each, whose noise depends on the seed and its number alone."""
@@ -130,7 +131,8 @@ def sample(
     run = Path(model)
     pipeline = load_pipeline(run / "model" if (run / "manifest.json").is_file() else model, device)
     with new_folder(output) as partial:
-        for number, picture in enumerate(to_pil(draw(pipeline, prompt, count, seed=seed, guidance=guidance, steps=steps))):
+        options = {"seed": seed, "guidance": guidance, "steps": steps, "cache_projections": cache}
+        for number, picture in enumerate(to_pil(draw(pipeline, prompt, count, **options))):
             picture.save(partial / f"{number:04d}.png")
     typer.echo(f"{count} picture{'s' * (count > 1)} in {output}")
 
