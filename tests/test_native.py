@@ -1,4 +1,5 @@
-"""The headers of csrc/core from g++ alone, under sanitizers of addresses and undefined behaviour, against the specification."""
+"""csrc from a plain compiler, under the sanitizers of addresses and undefined behaviour: the headers of csrc/core against the
+specification bit for bit, the whole CPU operator on odd shapes, threads, other processors, and the names that are defined."""
 
 import shutil
 import subprocess
@@ -7,15 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nativebuild import CPU, CROSS, FLAGS, GXX, NATIVE, SANITIZE, compiled, is_x86, linked, passed
 
+import stamina_fast
 from stamina_fast.noise import GateNoise, halves, uniforms
 
-NATIVE = Path(__file__).parent / "native"
-GXX = shutil.which("g++")
-pytestmark = pytest.mark.skipif(GXX is None, reason="no g++ on PATH; install a C++ compiler")
-
-COMMON = ["-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-SANITIZE = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+needs_compiler = pytest.mark.skipif(GXX is None, reason="no g++ on PATH; install a C++ compiler")
 # Random123's answers of Philox4x32-7: key [2], counter [4], words [4]
 KNOWN = (
     "00000000 00000000 00000000 00000000 00000000 00000000 5f6fb709 0d893f64 4f121f81 4f730a48",
@@ -24,17 +22,7 @@ KNOWN = (
 )
 
 
-def compiled(source, target, *flags):
-    command = [GXX, *COMMON, *flags, str(source), "-o", str(target)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert "warning" not in done.stderr, done.stderr
-
-
-def passed(program, *arguments):
-    done = subprocess.run([str(program), *map(str, arguments)], capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == "0 failures\n"
+# ---- the headers ---------------------------------------------------------------------------------------------------
 
 
 def answers(folder):
@@ -80,7 +68,100 @@ def answers(folder):
     write("soft", torch.sigmoid(logits), "float64")
 
 
-def test_headers(tmp_path):
-    answers(tmp_path)
-    compiled(NATIVE / "headers.cpp", tmp_path / "headers", *SANITIZE)
-    passed(tmp_path / "headers", tmp_path)
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("answers")
+    answers(folder)
+    return folder
+
+
+@needs_compiler
+def test_headers(known, tmp_path):
+    compiled(NATIVE / "headers.cpp", tmp_path / "headers.o", *SANITIZE)
+    passed(linked(tmp_path / "headers", [tmp_path / "headers.o"], *SANITIZE), known)
+
+
+# ---- the operator --------------------------------------------------------------------------------------------------
+
+
+def operator(folder, sets, *flags, compiler=GXX):
+    """tests/native/operator.cpp with everything of csrc/cpu but the bindings, for these instruction sets."""
+    objects = []
+    for source in (NATIVE / "operator.cpp", CPU / "operator.cpp", *(CPU / f"isa_{name}.cpp" for name in sets)):
+        objects.append(folder / f"{len(objects)}-{source.stem}.o")
+        own = FLAGS[source.stem.removeprefix("isa_")] if source.stem.startswith("isa_") else []
+        compiled(source, objects[-1], *flags, *own, compiler=compiler)
+    return linked(folder / "operator", objects, *flags, compiler=compiler)
+
+
+@needs_compiler
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["generic", *(pytest.param(n, marks=pytest.mark.long) for n in FLAGS if n != "generic")])
+def test_operator_on_odd_shapes(tmp_path, name):
+    if name != "generic" and not is_x86():
+        pytest.skip("not this compiler's processor")
+    passed(operator(tmp_path, [name], *SANITIZE), name)
+
+
+@needs_compiler
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_threads_share_nothing(tmp_path):
+    """Under the sanitizer of threads."""
+    passed(operator(tmp_path, ["generic"], "-O1", "-fsanitize=thread"), "generic")
+
+
+@pytest.mark.skipif(CROSS is None, reason="no aarch64-linux-gnu-g++ on PATH; Debian: g++-aarch64-linux-gnu")
+def test_compiles_for_aarch64(tmp_path):
+    for source in (CPU / "operator.cpp", CPU / "isa_generic.cpp"):
+        compiled(source, tmp_path / "part.o", "-O0", compiler=CROSS)
+
+
+@pytest.mark.skipif(CROSS is None, reason="no aarch64-linux-gnu-g++ on PATH; Debian: g++-aarch64-linux-gnu")
+@pytest.mark.skipif(not shutil.which("qemu-aarch64"), reason="no qemu-aarch64 on PATH; Debian: qemu-user")
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_runs_on_aarch64(known, tmp_path):
+    compiled(NATIVE / "headers.cpp", tmp_path / "headers.o", "-O1", compiler=CROSS)
+    headers = linked(tmp_path / "headers", [tmp_path / "headers.o"], "-static", compiler=CROSS)
+    passed("qemu-aarch64", headers, known)
+    passed("qemu-aarch64", operator(tmp_path, ["generic"], "-O1", "-static", compiler=CROSS), "generic")
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def names(file, *options):
+    """The names of a library or object that `nm` lists, without their versions."""
+    done = subprocess.run(["nm", "-C", "--format=just-symbols", *options, file], capture_output=True, text=True, check=True)
+    return [line.split("@")[0] for line in done.stdout.splitlines()]
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", FLAGS)
+def test_an_instruction_set_defines_only_its_own_names(tmp_path, name):
+    """Two definitions of one name are one to the linker, which might take that of a machine with more instructions.
+
+    Nothing is inlined here, so that whatever could be emitted is.
+    """
+    if name != "generic" and not is_x86():
+        pytest.skip("not this compiler's processor")
+    compiled(CPU / f"isa_{name}.cpp", tmp_path / "set.o", *FLAGS[name])
+    defined = names(tmp_path / "set.o", "--defined-only", "--extern-only")
+    assert f"stamina::{name}::float32" in defined
+    assert [n for n in defined if f"stamina::{name}::" not in n] == []
+
+
+LIBRARIES = sorted(Path(stamina_fast.__file__).parent.glob("_C_*.so"))
+
+
+@pytest.mark.skipif(not LIBRARIES, reason="no compiled library is installed")
+@pytest.mark.skipif(shutil.which("nm") is None, reason="no nm on PATH; install binutils")
+def test_a_library_shows_nothing_and_asks_for_stable_names():
+    """Nothing of ours or of torch's is exported; of torch, only its stable ABI, which is C, is asked for."""
+    for library in LIBRARIES:
+        shown = names(library, "-D", "--defined-only")
+        assert [n for n in shown if "stamina" in n or "torch" in n] == []
+        asked = names(library, "-D", "--undefined-only")
+        assert [n for n in asked if any(space in n for space in ("at::", "c10::", "torch::"))] == []
+        assert [n for n in asked if n.startswith(("aoti_torch_", "torch_"))]

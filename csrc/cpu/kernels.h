@@ -8,7 +8,7 @@
 
 #include "../core/philox.h"
 
-namespace stamina {
+namespace stamina::STAMINA_NAMESPACE {
 
 constexpr int64_t PAD = 16;
 STAMINA_INLINE constexpr int64_t padded(int64_t count) { return (count + PAD - 1) / PAD * PAD; }
@@ -18,6 +18,10 @@ STAMINA_INLINE constexpr int64_t block_of(int64_t left, int64_t most, int64_t un
   const int64_t blocks = (left + most - 1) / most;
   return ((left + blocks - 1) / blocks + unit - 1) / unit * unit;
 }
+
+}  // namespace stamina::STAMINA_NAMESPACE
+
+namespace stamina {
 
 // a matrix in memory, of the weight's dtype or another
 struct Matrix {

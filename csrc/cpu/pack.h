@@ -13,6 +13,9 @@ namespace stamina {
 
 using core::Bf16;
 using core::Half;
+using core::PAD;
+using core::block_of;
+using core::padded;
 
 // packed operands live as long as the call
 class Arena {
