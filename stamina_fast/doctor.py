@@ -13,6 +13,9 @@ from rich.table import Table
 
 from . import dispatch
 
+# what csrc/cuda is compiled for
+ARCHITECTURES = ((8, 0), (8, 9), (9, 0), (10, 0))
+
 
 def requirements(extra: str | None = None) -> list[Requirement]:
     """What the installed package asks for on this platform; with `extra`, what that extra adds."""
@@ -58,6 +61,18 @@ def _table(title: str, *headings: str) -> Table:
     return table
 
 
+def _verified() -> Table:
+    """The default on each architecture that kernels are compiled for, that has a result, or that is here."""
+    here = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
+    table = _table("default on GPUs", "architecture", "default", "why")
+    for capability in sorted({*ARCHITECTURES, *dispatch.VERIFIED, *here}):
+        name = "sm_{}{}".format(*capability)
+        backend = dispatch.VERIFIED.get(capability)
+        why = f"no result is committed for {name}" if backend is None else f"verified by the result committed for {name}"
+        table.add_row(name, backend or "reference", why)
+    return table
+
+
 def report(console: Console) -> bool:
     """Print versions, devices and backends; whether everything that is required is there (extras are optional)."""
     complete = True
@@ -78,12 +93,10 @@ def report(console: Console) -> bool:
     for name, (available, reason) in dispatch.backends().items():
         backends.add_row(name, "available" if available else "refused", reason)
     console.print(backends, "")
-    verified = _table("verified on GPUs", "architecture", "default")
-    for (major, minor), name in sorted(dispatch.VERIFIED.items()):
-        verified.add_row(f"sm_{major}{minor}", name)
+    console.print(_verified(), "")
     if not dispatch.VERIFIED:
-        verified.add_row("none yet", "reference, until a result is committed; backend= or STAMINA_BACKEND chooses another")
-    console.print(verified, "")
+        said = "no result is committed for any GPU yet: no kernel is a default; backend= or STAMINA_BACKEND chooses one"
+        console.print(said, "", soft_wrap=True)
     default = dispatch.choose(None, torch.device("cuda" if torch.cuda.is_available() else "cpu"), torch.float32)
     console.print(f"masked_linear on this machine runs on: {default}")
     console.print("everything required is there" if complete else "something required is missing: see the remedies above")
