@@ -78,6 +78,7 @@ class Stack(nn.Module):
         self.sizes = tuple(slot.weight.shape[0] for slot in self.slots)
         self.base = torch.cat([slot.weight.detach() for slot in self.slots])
         self.master = self._past = None
+        self._past_known = False
         self.folded: list[str] = []
         self.tied = False
         n, k = self.base.shape
@@ -164,7 +165,7 @@ class Stack(nn.Module):
         self.to(weight.device)
         self.base = self.base.to(weight.device)
         self.master = None if self.master is None else self.master.to(weight.device, compute_dtype(weight.dtype))
-        self._past = None
+        self._past, self._past_known = None, False
 
     # one step
 
@@ -258,13 +259,13 @@ class Stack(nn.Module):
         here = {name: tensor.to(self.weight.device) for name, tensor in factors.items()}
         functional.fold_(self.weight, **here, sizes=self.sizes, master=self.master)
         self.folded.append(task)
-        self._past = None
+        self._past_known = False
 
     @torch.no_grad()
     def rewind(self, tasks: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
         """Rebuild the weight from W_0 and the stored factors of these tasks, in this order."""
         self.refresh(rebuilding=True)
-        self.master = self._past = None
+        self.master, self._past_known = None, False
         self.folded, kept = [], []
         for task, factors in tasks:
             kept.append({name: tensor.to(self.weight.device) for name, tensor in factors.items()})
@@ -273,10 +274,16 @@ class Stack(nn.Module):
             self.master = torch.empty_like(self.base, dtype=compute_dtype(self.weight.dtype))
         functional.rebuild_(self.weight, self.base, kept, sizes=self.sizes, master=self.master)
 
+    @torch.no_grad()
     def past(self) -> Tensor | None:
-        """S = master - W_0 in fp32 [N, k], kept until the next fold; None while nothing is folded."""
-        if self._past is None and self.master is not None:
-            self._past = self.master - self.base.to(self.master.dtype)
+        """S = master - W_0 in fp32 [N, k], at one address from fold to fold; None while nothing is folded."""
+        if self.master is None:
+            return None
+        if not self._past_known:
+            if self._past is None:
+                self._past = torch.empty_like(self.master)
+            torch.sub(self.master, self.base, out=self._past)
+            self._past_known = True
         return self._past
 
     def penalties(self) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
     config.yaml                what was asked for
     manifest.json              {"tasks": [{"name", "sha256", "folder", "files", "folded_by"}, …], "config", "sha256"}
     tasks/NN-name/             factors.safetensors, token.safetensors, curve.json, task.json, and pictures that are not hashed
+    checkpoint-NN-STEP.safetensors   while a task is being learned: its state after STEP steps, hashed in the manifest too
 
 A task's files are written and made durable before the manifest is replaced, so that a run killed at any moment has a task
 either whole or not at all.
@@ -14,7 +15,7 @@ import contextlib
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from torch import Tensor
 
 from ..errors import FileError, InputError, StaminaError
@@ -52,16 +53,31 @@ class _Record(BaseModel):
     folded_by: dict[str, str] | None = None
 
 
+class _Checkpoint(BaseModel):
+    """The state within the task after the last of the manifest."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    task: str
+    step: Annotated[int, Field(ge=1)]
+    file: Annotated[str, StringConstraints(pattern=r"^checkpoint-[0-9]{2,}-[0-9]+\.safetensors$")]
+    sha256: Digest
+
+
 class _Manifest(BaseModel):
     """`config` is the SHA-256 of config.yaml `sha256` that of everything else here."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     tasks: list[_Record] = []
+    checkpoint: _Checkpoint | None = None
     config: Digest
     sha256: str = ""
 
     def digest(self) -> str:
-        return sha256(self.model_dump_json(exclude={"sha256"}).encode())
+        return sha256(self.model_dump_json(exclude={"sha256", *self.absent()}).encode())
+
+    def absent(self) -> set[str]:
+        """What is not written where there is none."""
+        return {"checkpoint"} if self.checkpoint is None else set()
 
 
 class Task(NamedTuple):
@@ -71,6 +87,14 @@ class Task(NamedTuple):
     token: dict[str, Tensor]
     curve: list[dict[str, Any]]
     info: dict[str, Any]
+
+
+class Checkpoint(NamedTuple):
+    """A task that was interrupted: its name, the steps done, and the state after them, tensors by name."""
+
+    task: str
+    step: int
+    tensors: dict[str, Tensor]
 
 
 class Run:
@@ -143,13 +167,39 @@ class Run:
             manifest.tasks.append(
                 _Record(name=name, sha256=files["factors.safetensors"], folder=folder, files=files, folded_by=folded_by)
             )
+            manifest.checkpoint = None
             self._write(manifest)
         except StaminaError:
             # the first error is the one to report, whatever a disk in trouble says to cleaning up
             with contextlib.suppress(StaminaError):
                 self._clean()
             raise
+        # the task is stored: what cannot be removed now is removed before the next is written
+        with contextlib.suppress(StaminaError):
+            self._clean()
         return path
+
+    def save_checkpoint(self, task: str, step: int, tensors: dict[str, Tensor]) -> None:
+        """Store the state after `step` steps of the task in hand, in the place of an earlier one; durable when this returns.
+
+        `commit_task` removes it. Raises FileError where the disk refuses; the earlier checkpoint is then as it was.
+        """
+        manifest = self._read()
+        file = f"checkpoint-{len(manifest.tasks) + 1:02d}-{step:06d}.safetensors"
+        try:
+            manifest.checkpoint = _Checkpoint(task=task, step=step, file=file, sha256=write_tensors(self.path / file, tensors))
+            self._write(manifest)
+        finally:
+            with contextlib.suppress(StaminaError):
+                self._clean()
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """The state within the task after the finished ones, or None where none was saved.
+
+        Raises FileError for one that is missing or damaged.
+        """
+        found = self._read().checkpoint
+        return None if found is None else Checkpoint(found.task, found.step, read_tensors(self.path / found.file, found.sha256))
 
     def load_task(self, name: str) -> Task:
         """A finished task, every file checked against the manifest. Raises FileError for one that is missing or damaged."""
@@ -184,15 +234,17 @@ class Run:
 
     def _write(self, manifest: _Manifest) -> None:
         manifest.sha256 = manifest.digest()
-        write_json(self.path / "manifest.json", manifest.model_dump())
+        write_json(self.path / "manifest.json", manifest.model_dump(exclude=manifest.absent()))
 
     def _clean(self) -> None:
-        """Remove what an interrupted write left: half-written files, and task folders that the manifest does not name."""
-        kept = {record.folder for record in self._read().tasks}
+        """Remove what an interrupted write left: half-written files, and folders and checkpoints without a manifest's word."""
+        manifest = self._read()
+        kept = {record.folder for record in manifest.tasks} | {manifest.checkpoint.file if manifest.checkpoint else ""}
         with clear_errors("clean", self.path):
             tasks = self.path / "tasks"
             unnamed = [entry for entry in tasks.iterdir() if entry.name not in kept] if tasks.is_dir() else []
-            for leftover in [*self.path.glob(f".*{PARTIAL}"), *tasks.glob(f"*/.*{PARTIAL}"), *unnamed]:
+            saved = [file for file in self.path.glob("checkpoint-*.safetensors") if file.name not in kept]
+            for leftover in [*self.path.glob(f".*{PARTIAL}"), *tasks.glob(f"*/.*{PARTIAL}"), *unnamed, *saved]:
                 remove(leftover)
             if unnamed:
                 sync_folder(tasks)

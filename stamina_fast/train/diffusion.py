@@ -46,6 +46,7 @@ class Diffusion:
         noisy = alpha * clean + sigma * noise
         return noisy, noise if self.prediction == "epsilon" else alpha * noise - sigma * clean
 
-    def loss(self, predicted: torch.Tensor, target: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """The weighted mean square error, a scalar in fp32."""
-        return (self.weight[t] * (predicted.float() - target).square().mean((1, 2, 3))).mean()
+    def loss(self, predicted: torch.Tensor, target: torch.Tensor, t: torch.Tensor, share: torch.Tensor | None = None):
+        """The weighted mean square error, a scalar in fp32; `share` [batch] fp32 weighs the pictures, None counts each as 1."""
+        weight = self.weight[t] if share is None else self.weight[t] * share
+        return (weight * (predicted.float() - target).square().mean((1, 2, 3))).mean()

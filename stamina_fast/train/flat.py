@@ -49,7 +49,10 @@ class Flat:
 
 
 class Optimizer:
-    """One fused AdamW over flat vectors, each with its own learning rate; the rates and the moments live on the device."""
+    """One fused AdamW over flat vectors, each with its own learning rate; the rates and the moments live on the device.
+
+    The moments exist from the start and are written in place for good, so that a captured step finds them where they were.
+    """
 
     def __init__(self, rates: list[tuple[Flat, float]], betas: tuple[float, float], weight_decay: float):
         rates = [(flat, rate) for flat, rate in rates if len(flat)]
@@ -57,19 +60,30 @@ class Optimizer:
         device = self.flats[0].values.device
         self.rates = [torch.tensor(rate, device=device) for rate in self.peaks]
         groups = [{"params": [flat.values], "lr": lr} for flat, lr in zip(self.flats, self.rates, strict=True)]
-        self.adamw = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=True)
+        # on a GPU torch wants to be told that the step may be captured; the arithmetic is the same
+        capturable = device.type == "cuda"
+        self.adamw = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=True, capturable=capturable)
         self.names = [name for flat in self.flats for name in flat.names]
         self.grads = [grad for flat in self.flats for grad in flat.grad_views]
         self.values = [view for flat in self.flats for view in flat.views]
+        # torch makes the moments in the first step: here one that moves nothing
+        self.set_rate_(0.0)
+        self.adamw.step()
+        self.reset_()
+        self.set_rate_(1.0)
 
     def reset_(self) -> None:
         """Forget the moments and the step count, in place."""
-        for state in self.adamw.state.values():
-            for value in state.values():
-                value.zero_()
+        for moment in self.moments().values():
+            moment.zero_()
         for flat in self.flats:
             flat.tie_()
             flat.grads.zero_()
+
+    def moments(self) -> dict[str, Tensor]:
+        """What the optimizer remembers from step to step, "I.KEY" for its I-th vector: the count of steps, and the moments."""
+        states = [self.adamw.state[flat.values] for flat in self.flats]
+        return {f"{i}.{key}": value for i, state in enumerate(states) for key, value in sorted(state.items())}
 
     def set_rate_(self, factor: float) -> None:
         for rate, peak in zip(self.rates, self.peaks, strict=True):

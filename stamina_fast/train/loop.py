@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import platform
 import time
@@ -18,9 +17,11 @@ from ..errors import InputError, StaminaError
 from ..io.concepts import Concept, load_concepts
 from ..io.files import new_folder
 from ..io.images import load_image
-from ..io.run import Run
+from ..io.run import Checkpoint, Run
 from ..seeds import derive_seed
-from .backbone import Backbone, frozen, load_pipeline, no_bars, resolution_of
+from .backbone import Backbone, checkpointing, frozen, load_pipeline, no_bars, resolution_of
+from .capture import Captured, recorder
+from .checkpoint import restore_, state
 from .diffusion import Diffusion
 from .flat import Flat, Optimizer
 from .latents import encode, variants
@@ -104,8 +105,9 @@ class Trainer:
 
     def __init__(self, pipeline, adapters, concepts: Sequence[Concept], config: StaminaConfig, options: TrainOptions):
         self.pipeline, self.adapters, self.concepts = pipeline, adapters, concepts
-        self.config, self.options, self.step = config, options, None
+        self.config, self.options, self.step, self.captured = config, options, None, None
         self.device = pipeline.unet.device
+        self.recorder = recorder(options.capture, self.device)
         self.size = options.resolution or resolution_of(pipeline)
         factor = 2 ** (len(pipeline.unet.config.block_out_channels) - 1) * pipeline.vae_scale_factor
         if self.size % factor:
@@ -127,21 +129,61 @@ class Trainer:
 
     def learn(self, run: Run, pictures: list[list[torch.Tensor]], progress: bool, on_task: Callable | None) -> None:
         """All concepts that the run has not learned yet."""
-        done = len(run.tasks())
+        done, saved = len(run.tasks()), run.load_checkpoint()
+        if saved is not None and saved.task != self.concepts[done].name:
+            wanted = self.concepts[done].name
+            raise InputError(f"the checkpoint is of {saved.task!r}, next is {wanted!r}; pass the same concepts")
         with Reporter([c.name for c in self.concepts], done, self.options.steps, progress) as reporter:
             for task in range(done, len(self.concepts)):
                 reporter.begin(task)
-                start = time.perf_counter()
-                curve = self.steps(task, pictures[task], reporter)
-                self.finish(run, task, curve, time.perf_counter() - start)
-                reporter.end(task, time.perf_counter() - start)
+                curve, seconds = self.steps(run, task, pictures[task], reporter, saved)
+                self.finish(run, task, curve, seconds)
+                reporter.end(task, seconds)
+                saved = None
                 if on_task is not None:
                     on_task(self.pipeline, run, self.concepts[task])
 
-    def steps(self, task: int, images: list[torch.Tensor], reporter: Reporter) -> list[dict]:
-        """All steps of one task; the curve, a row a step. Raises StaminaError once something is not finite."""
-        concept, options = self.concepts[task], self.options
+    def steps(self, run: Run, task: int, images: list[torch.Tensor], reporter: Reporter, saved: Checkpoint | None):
+        """All steps of one task, or those that `saved` leaves; the curve, a row a step, and the seconds they took.
+
+        Raises StaminaError once something is not finite.
+        """
+        start, concept, options = time.perf_counter(), self.concepts[task], self.options
         seed = derive_seed(options.seed, "task", task)
+        feed = self.begin(concept, images, seed)
+        density, first = {}, 0
+        with checkpointing(self.pipeline.unet, options.gradient_checkpointing), self.captured.tables.held():
+            self.captured.begin_(derive_seed(seed, "gate"))
+            if saved is not None:
+                first = saved.step
+                density, before = restore_(self.step, first, saved.tensors)
+                start -= before
+            read = first
+            for i in range(first, options.steps):
+                feed.fill_(i)
+                self.step.buffers.tau.fill_(self.config.tau(i / max(1, options.steps - 1)))
+                self.step.optimizer.set_rate_(options.rate(i))
+                self.captured()
+                done = i + 1
+                if done % options.read_every == 0 or done == options.steps:
+                    self.check(concept)
+                    density[i] = float(self.adapters.density())
+                    means = self.step.losses[read:done].mean(0).tolist()
+                    reporter.update(task, done, dict(zip(LOSSES, means, strict=True)), density[i])
+                    read = done
+                if options.save_every and done % options.save_every == 0 and done < options.steps:
+                    self.check(concept)
+                    run.save_checkpoint(concept.name, done, state(self.step, done, density, time.perf_counter() - start))
+        rows = self.step.losses.tolist()
+        curve = [
+            {"step": i, **dict(zip(LOSSES, row, strict=True))} | ({"density": density[i]} if i in density else {})
+            for i, row in enumerate(rows)
+        ]
+        return curve, time.perf_counter() - start
+
+    def begin(self, concept: Concept, images: list[torch.Tensor], seed: int) -> Feed:
+        """A fresh task: factors, token, and what feeds its steps."""
+        options = self.options
         self.adapters.reset_(derive_seed(seed, "factors"))
         self.adapters.tokens.begin(concept.token, derive_seed(seed, "token"))
         ids = self.backbone.tokenise(list(concept.texts))
@@ -149,26 +191,8 @@ class Trainer:
         bank = encode(self.pipeline.vae, *crops, batch=options.batch)
         if self.step is None:
             self.step = self.prepare(bank.mean.shape[1:], [part.shape[1] for part in ids])
-        feed = Feed(self.step.buffers, bank, ids, self.size, self.diffusion.steps, derive_seed(seed, "feed"))
-        self.step.begin_(derive_seed(seed, "gate"))
-        density, read = {}, 0
-        with checkpointing(self.pipeline.unet, options.gradient_checkpointing):
-            for i in range(options.steps):
-                feed.fill_(i)
-                self.step.buffers.tau.fill_(self.config.tau(i / max(1, options.steps - 1)))
-                self.step.optimizer.set_rate_(options.rate(i))
-                self.step()
-                if (i + 1) % options.read_every == 0 or i + 1 == options.steps:
-                    self.check(concept)
-                    density[i] = float(self.adapters.density())
-                    means = self.step.losses[read : i + 1].mean(0).tolist()
-                    reporter.update(task, i + 1, dict(zip(LOSSES, means, strict=True)), density[i])
-                    read = i + 1
-        rows = self.step.losses.tolist()
-        return [
-            {"step": i, **dict(zip(LOSSES, row, strict=True))} | ({"density": density[i]} if i in density else {})
-            for i, row in enumerate(rows)
-        ]
+            self.captured = Captured(self.step, self.recorder, len(self.concepts))
+        return Feed(self.step.buffers, bank, ids, self.size, self.diffusion.steps, derive_seed(seed, "feed"))
 
     def prepare(self, shape: tuple[int, int, int], lengths: list[int]) -> Step:
         """The buffers and the step, once for all tasks, so that no address changes between them."""
@@ -179,8 +203,10 @@ class Trainer:
         optimizer = Optimizer(rates, self.options.betas, self.options.weight_decay)
         buffers = Buffers.empty(self.options.batch, shape, lengths, self.device)
         weights = self.config.sparsity_weight, self.config.forgetting_weight
+        parts = self.options.accumulate
+        share = torch.full((self.options.batch // parts,), 1 / parts, device=self.device) if parts > 1 else None
         return Step(self.backbone, self.adapters, self.diffusion, optimizer, buffers, self.options.steps, weights,
-                    self.options.gradient_clip)
+                    self.options.gradient_clip, parts, share)
 
     def check(self, concept: Concept) -> None:
         found = self.step.trouble()
@@ -209,18 +235,3 @@ class Trainer:
         gpu = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if gpu else platform.machine()
         return {"backend": dispatch.choose(None, self.device, dtype), "device": f"{self.device.type} {name}"}
-
-
-@contextlib.contextmanager
-def checkpointing(unet, wanted: bool):
-    """Recompute the U-Net's activations in the backward pass; diffusers asks for train mode, so dropout must be none."""
-    if not wanted:
-        yield
-        return
-    unet.enable_gradient_checkpointing()
-    unet.train()
-    try:
-        yield
-    finally:
-        unet.disable_gradient_checkpointing()
-        unet.eval()

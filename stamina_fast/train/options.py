@@ -25,8 +25,11 @@ class TrainOptions:
     crops, crop_scale       variants of each picture that are encoded once; the least side of one as a share of the picture's
     flip                    half of the variants are mirrored
     seed                    of everything random, with the task and the step
+    accumulate              parts in which the batch goes through the model, one after another: less memory, more time
     gradient_checkpointing  the U-Net recomputes its activations: less memory, more time
     read_every              steps between two looks of the host at losses and non-finite values (each waits for the device)
+    save_every              steps between two checkpoints, from which --resume goes on within a concept; 0: none
+    capture                 the step as one CUDA graph, with the same results; None: wherever there is a GPU
     """
 
     steps: int = 500
@@ -44,20 +47,27 @@ class TrainOptions:
     crop_scale: float = 0.75
     flip: bool = True
     seed: int = 0
+    accumulate: int = 1
     gradient_checkpointing: bool = False
     read_every: int = 20
+    save_every: int = 0
+    capture: bool | None = None
 
     def __post_init__(self):
         object.__setattr__(self, "betas", tuple(self.betas))
-        for name in ("steps", "batch", "crops", "read_every"):
+        for name in ("steps", "batch", "crops", "accumulate", "read_every"):
             self._whole(name, 1)
-        for name in ("warmup", "seed"):
+        for name in ("warmup", "seed", "save_every"):
             self._whole(name, 0)
         for name in ("learning_rate", "token_learning_rate", "weight_decay"):
             self._number(name, 0.0)
         for name in ("gradient_clip", "min_snr"):
             if getattr(self, name) is not None:
                 self._number(name, 0.0, strictly=True)
+        if self.batch % self.accumulate:
+            raise InputError(f"accumulate must divide batch, got {self.accumulate} for {self.batch}; pass a divisor")
+        if self.capture is not None and not isinstance(self.capture, bool):
+            raise InputError(f"capture must be true, false or None, got {self.capture!r}; None: wherever there is a GPU")
         if self.resolution is not None:
             self._whole("resolution", 8)
         if self.seed >= 2**63:

@@ -9,8 +9,8 @@ import torch
 
 from ..errors import InputError
 
-# where the model and the pictures lie may change while a run waits to go on; what they hold may not
-FREE = ("model", "folder")
+# where the model and the pictures lie may change while a run waits to go on, and what changes no result; what they hold may not
+FREE = ("model", "folder", "save_every", "capture")
 SAMPLES = 64
 
 

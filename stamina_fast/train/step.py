@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,8 @@ from .flat import Optimizer
 from .latents import LatentBank
 
 LOSSES = ("loss", "denoising", "sparsity", "forgetting", "gradient")
+# how what the parts of a batch return becomes one: the largest values, then the loss and its terms
+JOINS = (torch.maximum, *[torch.add] * 4)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,15 @@ class Buffers:
             torch.zeros((), **whole), torch.zeros((), **whole), torch.ones((), device=device),
         )
 
+    def parts(self, count: int) -> list[Buffers]:
+        """`count` equal shares of the batch, as views."""
+        latents, noise, t, frames, *ids = (x.chunk(count) for x in (self.latents, self.noise, self.t, self.frames, *self.ids))
+        parts = zip(latents, noise, t, zip(*ids, strict=True), frames, strict=True)
+        return [Buffers(*part[:3], list(part[3]), part[4], self.seed, self.clock, self.tau) for part in parts]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.latents, self.noise, self.t, *self.ids, self.frames, self.seed, self.clock, self.tau]
+
 
 class Feed:
     """Fills the buffers for any step of a task, as a function of (seed, task, step) alone."""
@@ -75,14 +87,20 @@ class Feed:
 class Step:
     """loss = denoising + sparsity_weight · sparsity + forgetting_weight · forgetting, its gradient, clipping, AdamW.
 
+    The batch goes through the model in `accumulate` equal parts, whose gradients are summed: the mask, and so the noise of its
+    gate, is one for all of them, and the penalties are counted once. `share` [batch / accumulate] fp32, or None for ones, is
+    what a picture of a part counts in the denoising loss.
+
     `losses` [steps, 5] fp32 takes a row a step (see LOSSES). `bad_step` is the first step that met a NaN or an infinity, or
     -1, and `bad` says where: both stay on the device until `trouble()` is asked.
     """
 
     def __init__(self, backbone: Backbone, adapters, diffusion: Diffusion, optimizer: Optimizer, buffers: Buffers,
-                 steps: int, weights: tuple[float, float], clip: float | None):
+                 steps: int, weights: tuple[float, float], clip: float | None, accumulate: int = 1,
+                 share: Tensor | None = None):
         self.backbone, self.adapters, self.diffusion, self.optimizer = backbone, adapters, diffusion, optimizer
         self.buffers, self.weights, self.clip = buffers, weights, clip
+        self.parts, self.share = buffers.parts(accumulate), share
         device = buffers.t.device
         names = optimizer.names
         self.watched = [f"the parameter {n}" for n in names] + ["the latents", "the text states", "the U-Net's prediction"] + [
@@ -90,8 +108,7 @@ class Step:
         self.losses = torch.zeros(steps, len(LOSSES), device=device)
         self.bad = torch.zeros(len(self.watched), dtype=torch.bool, device=device)
         self.bad_step = torch.full((), -1, device=device)
-        zeros = torch.zeros(2, device=device).unbind()
-        self.penalised = adapters.penalised if any(weights) else lambda: contextlib.nullcontext(lambda: zeros)
+        self.zeros = torch.zeros(2, device=device).unbind()
 
     def begin_(self, seed: int) -> None:
         """Back to step 0 of a task whose gate noise has this seed; parameters are views again, the optimizer is fresh."""
@@ -104,32 +121,52 @@ class Step:
         self.adapters.noise = GateNoise(self.buffers.seed, self.buffers.clock)
         self.adapters.tau = self.buffers.tau
 
+    def addresses(self) -> list[int]:
+        """Where everything lies that a step reads or writes and that stays when it is over; 0 for what is not there."""
+        modules = [self.backbone.unet, *self.backbone.encoders, self.adapters.stacks, self.adapters.tokens]
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        for flat in self.optimizer.flats:
+            tensors += [flat.values, flat.grads, *flat.views, *flat.grad_views, *(p.grad for p in flat.parameters)]
+        tensors += [*self.optimizer.moments().values(), *self.optimizer.rates, *self.buffers.tensors(), self.losses]
+        tensors += [self.bad, self.bad_step]
+        if any(self.weights):
+            tensors += [stack.past() for stack in self.adapters.stacks]
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
     def __call__(self) -> None:
         to, optimizer = self.buffers, self.optimizer
         optimizer.zero_grads_()
         sizes = [optimizer.value_norms()]
-        noisy, target = self.diffusion.noised(to.latents, to.noise, to.t)
-        states, pooled = self.backbone.encode(to.ids)
-        with self.penalised() as penalties:
-            predicted = self.backbone.predict(noisy, to.t, states, pooled, to.frames)
-        sparsity, forgetting = penalties()
-        denoising = self.diffusion.loss(predicted, target, to.t)
-        loss = denoising
-        for weight, penalty in zip(self.weights, (sparsity, forgetting), strict=True):
-            # what has no weight asks for no gradient
-            loss = loss + weight * penalty if weight else loss
-        loss.backward()
+        passes = [self._pass(part, first=i == 0) for i, part in enumerate(self.parts)]
         norms = optimizer.norms()
         norm = torch.linalg.vector_norm(norms)
         with torch.no_grad():
-            terms = torch.stack([denoising, sparsity, forgetting]).float()
-            sizes += [torch.stack([x.detach().float().abs().amax() for x in (to.latents, states, predicted)]), terms, norms]
-            self._watch(torch.cat([*sizes, norm[None]]))
+            parts = zip(*passes, strict=True)
+            largest, loss, *terms = (functools.reduce(join, part) for join, part in zip(JOINS, parts, strict=True))
+            terms = torch.stack(terms).float()
+            self._watch(torch.cat([*sizes, largest, terms, norms, norm[None]]))
             self.losses.index_copy_(0, to.clock[None], torch.cat([loss[None], terms, norm[None]])[None])
             if self.clip is not None:
                 optimizer.scale_grads_((self.clip / (norm + 1e-12)).clamp(max=1))
             optimizer.step_()
             to.clock.add_(1)
+
+    def _pass(self, part: Buffers, first: bool) -> tuple[Tensor, ...]:
+        """Forward and backward of one part: the largest values met [3], what it adds to the loss, and the terms of that."""
+        noisy, target = self.diffusion.noised(part.latents, part.noise, part.t)
+        states, pooled = self.backbone.encode(part.ids)
+        counted = first and any(self.weights)
+        with self.adapters.penalised() if counted else contextlib.nullcontext(lambda: self.zeros) as penalties:
+            predicted = self.backbone.predict(noisy, part.t, states, pooled, part.frames)
+        terms = [self.diffusion.loss(predicted, target, part.t, self.share), *penalties()]
+        loss = terms[0]
+        for weight, penalty in zip(self.weights, terms[1:], strict=True):
+            # what has no weight asks for no gradient
+            loss = loss + weight * penalty if weight else loss
+        loss.backward()
+        with torch.no_grad():
+            sizes = torch.stack([x.detach().float().abs().amax() for x in (part.latents, states, predicted)])
+        return sizes, *(term.detach() for term in (loss, *terms))
 
     def _watch(self, sizes: Tensor) -> None:
         """Keep where the first non-finite values of the task were, without reading them."""

@@ -12,6 +12,9 @@ pytest.importorskip("rich", reason="training needs rich, which is not installed"
 import tinypipes
 from tinyruns import run, write_concepts
 
+from stamina_fast.train import loop
+from stamina_fast.train.capture import WARM, Captured
+
 OPTIONS = {"steps": 16, "sparsity_weight": 0.1, "forgetting_weight": 100.0, "device": "cuda"}
 
 
@@ -22,11 +25,11 @@ def repeatable(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def trained(backend, folder, output, dtype, monkeypatch):
+def trained(backend, folder, output, dtype, monkeypatch, **options):
     """(the losses [tasks, steps], what ran) of two tasks of 16 steps."""
     monkeypatch.setenv("STAMINA_BACKEND", backend)
     before = sf.launches()
-    made = run(tinypipes.sd15().to("cuda", dtype), folder, output, **OPTIONS)
+    made = run(tinypipes.sd15().to("cuda", dtype), folder, output, **{**OPTIONS, "capture": False, **options})
     ran = {name: count - before.get(name, 0) for name, count in sf.launches().items() if count > before.get(name, 0)}
     return torch.tensor([[row["loss"] for row in made.load_task(task["name"]).curve] for task in made.tasks()]), ran
 
@@ -44,3 +47,19 @@ def test_32_steps_are_those_of_the_reference(dtype, limit, tmp_path, monkeypatch
     assert not {"masked_linear/reference", "masked_linear_backward/reference", "fold_/reference"} & ran.keys()
     assert wanted.shape == (2, 16)
     assert (losses - wanted).abs().max() <= limit
+
+
+@pytest.mark.parametrize("change", [{}, {"accumulate": 2}, {"gradient_checkpointing": True}], ids=["plain", "parts", "again"])
+def test_32_captured_steps_are_those_step_by_step(change, tmp_path, monkeypatch, caplog):
+    """One graph a sequence, and a second where the folded past appears; the second task goes through the same graph."""
+    made = []
+    monkeypatch.setattr(loop, "Captured", lambda *args: made.append(Captured(*args)) or made[-1])
+    folder = write_concepts(tmp_path / "two", 2)
+    backend = "triton" if sf.backends()["triton"][0] else "reference"
+    wanted, _ = trained(backend, folder, tmp_path / "plain", torch.float32, monkeypatch, **change)
+    losses, ran = trained(backend, folder, tmp_path / "captured", torch.float32, monkeypatch, capture=True, **change)
+    assert not caplog.records
+    assert made[-1].recordings == 2
+    # Python ran in the warm-up and the two recordings alone
+    assert ran[f"masked_linear/{backend}"] == (WARM + 2) * change.get("accumulate", 1)
+    torch.testing.assert_close(losses, wanted, rtol=0, atol=0)
