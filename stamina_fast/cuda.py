@@ -36,10 +36,10 @@ _library.define(
 DTYPES = (torch.bfloat16, torch.float16)
 # csrc/cuda/layout.h: rows of a tile, columns of a span, ranks of one product, tokens of a tile
 ROWS, SPAN, RANKS, TOKENS = 64, 256, 16, 8
-# token tiles of a block of dx
+# token tiles of a block of the forward and of dx
 TOKEN_TILES = 10
 # the order of `Packing` in csrc/cuda/arguments.h
-LEFT, RIGHT, RIGHT_TRANSPOSED, LEFT_TRANSPOSED, GRADIENT = range(5)
+LEFT, RIGHT, RIGHT_TRANSPOSED, LEFT_TRANSPOSED, GRADIENT, RIGHT_PLAIN, TOKEN_BLOCKS = range(7)
 # row tiles of a chunk of the factor gradients
 CHUNK = 4
 # dx is split over N until this many blocks run; a fixed number, so that the order of a sum is the same on every device
@@ -127,10 +127,16 @@ class _Packer:
         blocks = _ceil(grad.shape[0], TOKENS * TOKEN_TILES)
         return self._add(grad.T, GRADIENT, len(self.tiles), 2, blocks * TOKEN_TILES, 32)
 
-    def factors(self, a: Tensor, b: Tensor, p: Tensor | None, q: Tensor | None) -> list[Tensor]:
+    def tokens(self, x: Tensor) -> Tensor:
+        """[T, k] as [token blocks, spans, 32, 80, 8]."""
+        tokens, k = x.shape
+        block = TOKENS * TOKEN_TILES
+        return self._add(x, TOKEN_BLOCKS, _ceil(tokens, block), _ceil(k, SPAN), SPAN // 8, block)
+
+    def factors(self, a: Tensor, b: Tensor, p: Tensor | None, q: Tensor | None, packing: int = RIGHT) -> list[Tensor]:
         if p is None:
             p, q = a.new_empty(a.shape[0], 0), a.new_empty(b.shape[0], 0, b.shape[2])
-        return [self.left(a), self.right(b), self.left(p), self.right(q)]
+        return [self.left(a), self.right(b, packing), self.left(p), self.right(q, packing)]
 
     def launch(self) -> None:
         for first in range(0, len(self.jobs), 8):
@@ -143,15 +149,6 @@ def _bias(gate_bias: Tensor | None, p: Tensor | None, groups: int, device: torch
     if gate_bias is not None:
         return gate_bias.to(torch.float32).contiguous()
     return torch.full((groups,), float(p is None), device=device)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """x [T, k] so that 16 bytes of a row may be read at once: as it is, or with columns of zeros up to a multiple of 8."""
-    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == 0:
-        return x
-    padded = x.new_zeros(x.shape[0], _ceil(x.shape[1], 8) * 8)
-    padded[:, : x.shape[1]] = x
-    return padded
 
 
 def forward(x, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Tensor:
@@ -167,11 +164,10 @@ def forward(x, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Tensor:
         return y.zero_()
     with _on_device(x):
         packer = _Packer(x.dtype, _tiles(tuple(sizes), x.device))
-        packed = packer.factors(a, b, p, q)
+        packed, tokens = packer.factors(a, b, p, q, RIGHT_PLAIN), packer.tokens(x)
         packer.launch()
-        torch.ops.stamina_fast.cuda_forward(
-            _aligned(x), weight, packed, _bias(gate_bias, p, len(sizes), x.device), packer.tiles, *_noise(p, seed, step), y
-        )
+        bias = _bias(gate_bias, p, len(sizes), x.device)
+        torch.ops.stamina_fast.cuda_forward(tokens, weight, packed, bias, packer.tiles, *_noise(p, seed, step), y)
     return y
 
 

@@ -21,7 +21,7 @@ def build(folder: Path) -> Path:
         "-Wno-unknown-pragmas", f'-DSTAMINA_EMULATED="{EMULATION}/emulated.h"', "-DTORCH_TARGET_VERSION=0x020b000000000000",
         "-isystem", str(torch_folder / "include"),
     ]  # fmt: skip
-    sources = [*sorted(SOURCES.glob("*.cu")), SOURCES / "bindings.cpp", EMULATION / "order.cpp"]
+    sources = [*sorted(SOURCES.glob("*.cu")), SOURCES / "bindings.cpp", EMULATION / "choices.cpp"]
 
     def compiled(source: Path) -> Path:
         target = folder / f"{source.stem}.o"

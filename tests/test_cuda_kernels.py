@@ -25,9 +25,10 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
-    library = build(tmp_path_factory.mktemp("cuda"))
-    torch.ops.load_library(str(library))
-    return SimpleNamespace(order=ctypes.CDLL(str(library)).stamina_emulated_backward)
+    path = build(tmp_path_factory.mktemp("cuda"))
+    torch.ops.load_library(str(path))
+    library = ctypes.CDLL(str(path))
+    return SimpleNamespace(order=library.stamina_emulated_backward, hopper=library.stamina_emulated_hopper)
 
 
 def run(grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7, past=None):
@@ -58,6 +59,30 @@ def test_equals_the_specification(emulated, shape, options, dtype):
     if "past" in options:
         options = options | {"past": torch.randn(arguments[2].shape, generator=torch.Generator().manual_seed(1))}
     check(arguments, shape[2], **options)
+
+
+@pytest.mark.parametrize("order", [0, 1], ids=["forward", "backward"])
+@pytest.mark.parametrize(("shape", "options"), [
+    (RAGGED, {}), (ODD, {}), (RANKS, {}), ((129, 512, (65, 8), 16, 16), {}), (RANKS, {"noise": None}), (RAGGED, {"gate": False}),
+    ((81, 136, (70,), 4, 4), {"strides": "gaps"}), ((3, 136, (70,), 4, 4), {"strides": "transposed"}),
+], ids=["ragged", "odd", "ranks", "two blocks", "no noise", "no gate", "gaps", "transposed"])
+def test_the_forward_of_sm_90_is_the_portable_one(emulated, shape, options, order):
+    """To the bit here, where both add in one order: bulk copies, their barrier and products of four warps are the difference."""
+    problems = problem(*shape, torch.bfloat16, gate=options.get("gate", True))[1:]
+    if "strides" in options:
+        problems = [strided(t, options["strides"]) if n < 2 else t for n, t in enumerate(problems)]
+    seed, step = (None, None) if "noise" in options else NOISE.tensors(torch.device("cpu"))
+    emulated.order(order)
+    found = []
+    try:
+        for hopper in (0, 1):
+            emulated.hopper(hopper)
+            found.append(cuda.forward(*problems, shape[2], seed, step))
+    finally:
+        emulated.order(0)
+        emulated.hopper(0)
+    assert found[0].float().std() > 0.1
+    assert torch.equal(*found)
 
 
 def test_without_a_gate_and_without_a_bias(emulated):

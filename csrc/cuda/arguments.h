@@ -57,9 +57,10 @@ struct Stack {
 template <class T>
 struct ForwardArguments {
   Stack stack;
-  T* y;                // [tokens, rows]
-  View<const T> x, w;  // x is wide, and its columns past k are zero
-  int64_t tokens, x_columns;
+  T* y;            // [tokens, rows]
+  const uint4* x;  // packed by `tokens_source`
+  View<const T> w;
+  int64_t tokens;
 };
 
 template <class T>
@@ -105,7 +106,7 @@ struct PenaltyArguments {
 
 // ---- packing and adding up --------------------------------------------------------------------------------------------
 
-enum class Packing : int { left, right, right_transposed, left_transposed, gradient };
+enum class Packing : int { left, right, right_transposed, left_transposed, gradient, right_plain, tokens };
 enum class Stored : int { float32, bfloat16, float16 };
 
 struct PackJob {

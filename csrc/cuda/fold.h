@@ -10,6 +10,9 @@
 namespace stamina::cuda {
 
 constexpr int FOLD_THREADS = STRIPS * WARP;
+// of the fold: what leaves its loop over many ranks enough registers
+template <bool FEW>
+constexpr int FOLD_BLOCKS_AN_SM = FEW ? 3 : 2;
 
 STAMINA_DEVICE void load_floats(const View<const float>& view, int64_t row, int64_t column, bool exists, int64_t columns,
                                 float (&to)[HALVES]) {
@@ -60,7 +63,7 @@ STAMINA_DEVICE void store_after(const FoldArguments<T>& f, int64_t row, int64_t 
 
 // grid (row tiles, spans)
 template <class T, bool FEW>
-__global__ void __launch_bounds__(FOLD_THREADS) fold_kernel(FoldArguments<T> f) {
+__global__ void __launch_bounds__(FOLD_THREADS, FOLD_BLOCKS_AN_SM<FEW>) fold_kernel(FoldArguments<T> f) {
   const Stack& stack = f.stack;
   const Factors& factors = stack.factors;
   const Tile tile = tile_at(stack.tiles, blockIdx.x);
@@ -135,7 +138,7 @@ STAMINA_DEVICE void add_penalties(const PenaltyArguments<T>& f, const LowRank<T,
 
 // grid (row tiles, spans)
 template <class T, bool FEW>
-__global__ void __launch_bounds__(FOLD_THREADS) penalties_kernel(PenaltyArguments<T> f) {
+__global__ void __launch_bounds__(FOLD_THREADS, 2) penalties_kernel(PenaltyArguments<T> f) {
   const Stack& stack = f.stack;
   const Factors& factors = stack.factors;
   const Tile tile = tile_at(stack.tiles, blockIdx.x);

@@ -1,9 +1,11 @@
 // Yᵀ[n, t] = Σ_k (W + M ⊙ A B)[n, k] Xᵀ[k, t]      X [T, k]  W [N, k]  A [N, r]  B [G, r, k]  Y [T, N]
 //
-// A block of four warps owns a strip of 64 rows of one projection and walks all columns, 64 at a time; a warp has 16 rows and
-// all tokens. W goes from global memory into operand A of its products, M ⊙ A B from accumulators into the same operand of
-// products of its own: a small residual added to a half-precision weight would lose its low bits. X comes through shared
-// memory. Every mask element is made once for the tokens of a block.
+// A block of four warps owns a strip of 64 rows of one projection and walks all columns; a warp has 16 rows and all tokens. W
+// and X of some columns are in shared memory and of the next ones on their way there. W is operand A of its products, M ⊙ A B
+// goes from accumulators into the same operand of products of its own: a small residual added to a half-precision weight
+// would lose its low bits. Every mask element is made once for the tokens of a block.
+//
+// How the copies and the products are said is the business of two engines: `Portable` for every GPU, `Hopper` for sm_90.
 #pragma once
 
 #include "residual.h"
@@ -11,91 +13,242 @@
 namespace stamina::cuda {
 
 constexpr int FORWARD_THREADS = STRIPS * WARP;
-constexpr int UNIT = 2 * BLOCK;  // columns of a turn: a pair of sub-blocks
-constexpr int FORWARD_STAGES = 3;
+template <int HELD>
+using ForwardNoise = Noise<QUARTERS, true, HELD>;
+using Sums = float[TOKEN_TILES][4];
 
-// W of a warp's rows and one unit: [sub-block][row half], eight columns
-template <class T>
-struct WeightUnit {
-  uint4 at[2][2];
-  STAMINA_DEVICE void load(const View<const T>& w, const Strip& strip, int unit, int64_t k) {
-    const int64_t column = static_cast<int64_t>(unit) * UNIT + 8 * lane_pair(lane_id());
-    if (w.wide) {
-      const T* from = w.at + strip.row * w.row + column;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        const bool exists = strip.exists(n % 2) && column + n / 2 * BLOCK < k;
-        at[n / 2][n % 2] = exists ? load16(from + n % 2 * 8 * w.row + n / 2 * BLOCK) : uint4{0, 0, 0, 0};
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < 4; ++n)
-        at[n / 2][n % 2] = load_eight(w, strip.row + n % 2 * 8, column + n / 2 * BLOCK, strip.exists(n % 2), k);
-    }
-  }
-  // operand A of product s of sub-block h
-  STAMINA_DEVICE void operand(int h, int s, uint32_t (&a)[4]) const {
-    a[0] = word_of(at[h][0], 2 * s);
-    a[1] = word_of(at[h][1], 2 * s);
-    a[2] = word_of(at[h][0], 2 * s + 1);
-    a[3] = word_of(at[h][1], 2 * s + 1);
-  }
+// Some columns of W and X in shared memory. Rows of W start 16 bytes further on in the banks, so that eight do not clash.
+template <int COLUMNS>
+struct Stage {
+  static constexpr int ROW = (COLUMNS + HALVES) * 2;
+  static constexpr int EIGHT = BLOCK_TOKENS * 16;  // of X: eight columns of all tokens
+  static constexpr int X_AT = TILE_ROWS * ROW;
+  static constexpr int X_BYTES = COLUMNS / HALVES * EIGHT;
+  static constexpr int BYTES = X_AT + X_BYTES;
 };
 
-// M ⊙ A B of two quarters, rounded to T, as operand A of product S of both sub-blocks: [sub-block][register]
-template <bool NOISY, class T, bool FEW>
-STAMINA_DEVICE void residual_operand(const LowRank<T, FEW>& ab, const LowRank<T, FEW>& pq, const Noise<QUARTERS>& noise,
-                                     float bias, int span, int pair, int s, uint32_t (&delta)[2][4]) {
+template <int COLUMNS, class T>
+STAMINA_DEVICE const uint4* tokens_of(const ForwardArguments<T>& f, int chunk) {
+  return f.x + (blockIdx.y * f.stack.spans * (SPAN / HALVES) + chunk * (COLUMNS / HALVES)) * BLOCK_TOKENS;
+}
+
+// The share of a thread in the copies of W to the stages, chunk after chunk; rows and columns that are not there are zeros.
+template <int COLUMNS, class T>
+class Weights {
+ public:
+  STAMINA_DEVICE Weights(const ForwardArguments<T>& f, const Tile& tile)
+      : view_(f.w),
+        row_(tile.first + static_cast<int>(threadIdx.x) / EIGHTS),
+        rows_(static_cast<int>(tile.end - row_)),
+        column_(static_cast<int>(threadIdx.x) % EIGHTS * HALVES),
+        columns_(static_cast<int>(f.stack.k)) {}
+
+  STAMINA_DEVICE void copy(int chunk, unsigned char* stage) const {
+    const int column = chunk * COLUMNS + column_;
+    unsigned char* to = stage + static_cast<int>(threadIdx.x) / EIGHTS * Stage<COLUMNS>::ROW + column_ * 2;
+    if (view_.wide) {
+      const T* from = view_.at + row_ * view_.row + column;
+#pragma unroll
+      for (int n = 0; n < TILE_ROWS; n += ROWS_A_TURN)
+        copy16(to + n * Stage<COLUMNS>::ROW, from + n * view_.row, n < rows_ && column < columns_);
+    } else {
+#pragma unroll 1
+      for (int n = 0; n < TILE_ROWS; n += ROWS_A_TURN)
+        *reinterpret_cast<uint4*>(to + n * Stage<COLUMNS>::ROW) = load_eight(view_, row_ + n, column, n < rows_, columns_);
+    }
+  }
+
+ private:
+  static constexpr int EIGHTS = COLUMNS / HALVES, ROWS_A_TURN = FORWARD_THREADS / EIGHTS;
+  const View<const T>& view_;
+  int64_t row_;
+  int rows_, column_, columns_;  // rows: from the first one of this thread to the end of the tile
+};
+
+// W of a warp's rows and 16 columns, as operand A
+template <int COLUMNS>
+STAMINA_DEVICE void load_weights(const unsigned char* stage, int column, uint32_t (&w)[4]) {
+  const int lane = lane_id(), row = warp_id() * STRIP_ROWS + lane % 16;
+  load_matrices(w, stage + row * Stage<COLUMNS>::ROW + (column + lane / 16 * HALVES) * 2);
+}
+
+// Copies of 16 bytes by every thread, products of one warp.
+template <class T, bool FEW>
+struct Portable {
+  static constexpr int COLUMNS = 64, BLOCKS_AN_SM = 2, NOISE_HELD = FEW ? PAIRS : PAIRS / 2;
+  using At = Stage<COLUMNS>;
+  static constexpr int PARKED_AT = 2 * At::BYTES;
+  static constexpr int SHARED_BYTES = PARKED_AT + FORWARD_THREADS * ForwardNoise<NOISE_HELD>::PARKED_BYTES;
+
+  const ForwardArguments<T>& f;
+  const Weights<COLUMNS, T> weights;
+  const int chunks;
+
+  STAMINA_DEVICE void start() const { copy(0); }
+
+  STAMINA_DEVICE void copy(int chunk) const {
+    if (chunk < chunks) {
+      unsigned char* stage = shared_memory() + chunk % 2 * At::BYTES;
+      weights.copy(chunk, stage);
+      const uint4* from = tokens_of<COLUMNS>(f, chunk);
+#pragma unroll 1
+      for (int word = static_cast<int>(threadIdx.x); word < At::X_BYTES / 16; word += FORWARD_THREADS)
+        copy16(stage + At::X_AT + word * 16, from + word, true);
+    }
+    end_copies();
+  }
+
+  // Waits for a chunk and sends for the next one, into the place of the one before, with which every warp is done.
+  STAMINA_DEVICE const unsigned char* next(int chunk) const {
+    copies_left<0>();
+    __syncthreads();
+    copy(chunk + 1);
+    return shared_memory() + chunk % 2 * At::BYTES;
+  }
+
+  STAMINA_DEVICE static void clear(Sums& sums) {
+#pragma unroll
+    for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+#pragma unroll
+      for (int v = 0; v < 4; ++v) sums[token_tile][v] = 0.0f;
+    }
+  }
+
+  // sums += (W + residual) Xᵀ over columns 16s to 16s + 15 of the two sub-blocks of a pair
+  STAMINA_DEVICE void multiply_pair(Sums& sums, const unsigned char* stage, int pair, int s, const uint32_t (&residual)[2][4],
+                                    bool) const {
+    const int lane = lane_id(), eight_here = lane / 8 % 2, tile_here = lane / 16;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int column = (2 * pair + h) * BLOCK + 16 * s;
+      uint32_t w[4];
+      load_weights<COLUMNS>(stage, column, w);
+      const unsigned char* x =
+          stage + At::X_AT + (column / HALVES + eight_here) * At::EIGHT + (tile_here * HALVES + lane % 8) * 16;
+#pragma unroll
+      for (int token_tile = 0; token_tile < TOKEN_TILES; token_tile += 2) {
+        uint32_t b[4];
+        load_matrices(b, x + token_tile * 128);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          multiply<T>(sums[token_tile + n], w, b[2 * n], b[2 * n + 1]);
+          multiply<T>(sums[token_tile + n], residual[h], b[2 * n], b[2 * n + 1]);
+        }
+      }
+    }
+  }
+
+  STAMINA_DEVICE static void finish() {}
+};
+
+// X by bulk copies that a barrier counts, products of all four warps that run while the next residual is made.
+template <class T, bool FEW>
+struct Hopper {
+  // three blocks an SM leave 168 registers to a thread and 75 KB to each of them
+  static constexpr int COLUMNS = 64, STAGES = 3, BLOCKS_AN_SM = FEW ? 3 : 2, NOISE_HELD = PAIRS / 2;
+  using At = Stage<COLUMNS>;
+  static constexpr int PARKED_AT = STAGES * At::BYTES;
+  static constexpr int BARRIERS_AT = PARKED_AT + FORWARD_THREADS * ForwardNoise<NOISE_HELD>::PARKED_BYTES;
+  static constexpr int SHARED_BYTES = BARRIERS_AT + STAGES * static_cast<int>(sizeof(uint64_t));
+
+  const ForwardArguments<T>& f;
+  const Weights<COLUMNS, T> weights;
+  const int chunks;
+
+  STAMINA_DEVICE static uint64_t* barrier(int chunk) {
+    return reinterpret_cast<uint64_t*>(shared_memory() + BARRIERS_AT) + chunk % STAGES;
+  }
+
+  STAMINA_DEVICE void start() const {
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < STAGES; ++stage) barrier_init(barrier(stage));
+    }
+    __syncthreads();
+    for (int chunk = 0; chunk < STAGES - 1; ++chunk) copy(chunk);
+  }
+
+  STAMINA_DEVICE void copy(int chunk) const {
+    if (chunk < chunks) {
+      unsigned char* stage = shared_memory() + chunk % STAGES * At::BYTES;
+      weights.copy(chunk, stage);
+      if (threadIdx.x == 0) {
+        barrier_expect(barrier(chunk), At::X_BYTES);
+        copy_bulk(stage + At::X_AT, tokens_of<COLUMNS>(f, chunk), At::X_BYTES, barrier(chunk));
+      }
+    }
+    end_copies();
+  }
+
+  STAMINA_DEVICE const unsigned char* next(int chunk) const {
+    products_left<0>();
+    copies_left<STAGES - 2>();
+    barrier_wait(barrier(chunk), chunk / STAGES % 2);
+    __syncthreads();
+    copy(chunk + STAGES - 1);
+    return shared_memory() + chunk % STAGES * At::BYTES;
+  }
+
+  STAMINA_DEVICE static void clear(Sums&) {}
+
+  STAMINA_DEVICE void multiply_pair(Sums& sums, const unsigned char* stage, int pair, int s, const uint32_t (&residual)[2][4],
+                                    bool first) const {
+    uint32_t w[2][4];
+    const int column = 2 * pair * BLOCK + 16 * s;
+    load_weights<COLUMNS>(stage, column, w[0]);
+    load_weights<COLUMNS>(stage, column + BLOCK, w[1]);
+    const uint64_t x = matrices_at(stage + At::X_AT + column / HALVES * At::EIGHT, At::EIGHT);
+    begin_products();
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const uint64_t here = matrices_after(x, h * BLOCK / HALVES * At::EIGHT);
+      multiply_async<T>(sums, w[h], here, h > 0 || !first);
+      multiply_async<T>(sums, residual[h], here, true);
+    }
+    end_products();
+    products_left<1>();
+  }
+
+  STAMINA_DEVICE static void finish() { products_left<0>(); }
+};
+
+// M ⊙ A B of two quarters, rounded to T, as operand A of product s of both sub-blocks: [sub-block][register]
+template <bool NOISY, class Words, class T, bool FEW>
+STAMINA_DEVICE void residual_operand(const LowRank<T, FEW>& ab, const LowRank<T, FEW>& pq, const Words& noise, float bias,
+                                     int span, int pair, int s, uint32_t (&residual)[2][4]) {
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     const int quarter = 2 * s + n;
-    float d[2][4], l[2][4];
+    float d[2][4], l[2][4], margin[2][4];
     ab.product(span, quarter, pair, d);
     pq.product(span, quarter, pair, l);
-    bool open[2][4];
-    gate<0, NOISY>(noise, pair, quarter, l[0], bias, open[0]);
-    gate<1, NOISY>(noise, pair, quarter, l[1], bias, open[1]);
+    margins<0, NOISY>(noise, pair, quarter, l[0], bias, margin[0]);
+    margins<1, NOISY>(noise, pair, quarter, l[1], bias, margin[1]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      delta[h][2 * n] = pack<T>(open[h][0] ? d[h][0] : 0.0f, open[h][1] ? d[h][1] : 0.0f);
-      delta[h][2 * n + 1] = pack<T>(open[h][2] ? d[h][2] : 0.0f, open[h][3] ? d[h][3] : 0.0f);
+      residual[h][2 * n] = kept_below_zero(pack<T>(d[h][0], d[h][1]), margin[h][0], margin[h][1]);
+      residual[h][2 * n + 1] = kept_below_zero(pack<T>(d[h][2], d[h][3]), margin[h][2], margin[h][3]);
     }
   }
 }
 
-// The tokens of one unit to shared memory: [sub-block][token tile][lane], a lane's 16 bytes are its operands B.
+// sums [16, 8 tokens] each, of a warp, to y through shared memory, so that rows of a token are written together
 template <class T>
-STAMINA_DEVICE void copy_tokens(const ForwardArguments<T>& f, int64_t first_token, int unit, uint4* to) {
-  // unrolled, its addresses would stay in registers throughout
-#pragma unroll 1
-  for (int word = static_cast<int>(threadIdx.x); word < 2 * TOKEN_TILES * WARP; word += FORWARD_THREADS) {
-    const int lane = word % WARP, place = word / WARP;
-    const int64_t token = first_token + place % TOKEN_TILES * 8 + lane_row(lane);
-    const int64_t column = static_cast<int64_t>(unit) * UNIT + place / TOKEN_TILES * BLOCK + 8 * lane_pair(lane);
-    const bool exists = token < f.tokens && column < f.x_columns;
-    copy16(to + word, exists ? f.x.at + token * f.x.row + column : f.x.at, exists);
-  }
-}
-
-// acc [16, 8 tokens] each, of a warp, to y through shared memory, so that rows of a token are written together
-template <class T>
-STAMINA_DEVICE void store_tokens(const ForwardArguments<T>& f, const Tile& tile, int64_t first_token,
-                                 const float (&acc)[TOKEN_TILES][4]) {
+STAMINA_DEVICE void store_tokens(const ForwardArguments<T>& f, const Tile& tile, const Sums& sums) {
   constexpr int STRIDE = TILE_ROWS + HALVES;
   T* staged = reinterpret_cast<T*>(shared_memory());
-  const int lane = lane_id();
 #pragma unroll
   for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
-      const Place place = accumulator(lane, v);
-      const uint32_t bits = pack<T>(acc[token_tile][v], 0.0f);
+      const Place place = accumulator(lane_id(), v);
+      const uint32_t bits = pack<T>(sums[token_tile][v], 0.0f);
       staged[(token_tile * 8 + place.column) * STRIDE + warp_id() * STRIP_ROWS + place.row].bits = static_cast<uint16_t>(bits);
     }
   }
   __syncthreads();
+  const int64_t first_token = static_cast<int64_t>(blockIdx.y) * BLOCK_TOKENS;
   const bool whole = f.stack.rows % HALVES == 0 && tile.first % HALVES == 0;
-  for (int word = static_cast<int>(threadIdx.x); word < TOKEN_TILES * TILE_ROWS; word += FORWARD_THREADS) {
+  for (int word = static_cast<int>(threadIdx.x); word < BLOCK_TOKENS * TILE_ROWS / HALVES; word += FORWARD_THREADS) {
     const int token = word / (TILE_ROWS / HALVES), row = word % (TILE_ROWS / HALVES) * HALVES;
     if (first_token + token >= f.tokens) continue;
     const T* from = staged + token * STRIDE + row;
@@ -108,73 +261,60 @@ STAMINA_DEVICE void store_tokens(const ForwardArguments<T>& f, const Tile& tile,
   }
 }
 
-constexpr int FORWARD_SHARED_BYTES = FORWARD_STAGES * 2 * TOKEN_TILES * WARP * static_cast<int>(sizeof(uint4));
-
-// grid (row tiles, token blocks)
-template <class T, bool FEW>
-__global__ void __launch_bounds__(FORWARD_THREADS, 2) forward_kernel(ForwardArguments<T> f) {
-  constexpr int STAGE = 2 * TOKEN_TILES * WARP;
-  uint4* stages = reinterpret_cast<uint4*>(shared_memory());
+// grid (row tiles, token blocks); NOISY: with a seed and a step
+template <class Engine, bool NOISY, class T, bool FEW>
+STAMINA_DEVICE void forward_strip(const ForwardArguments<T>& f) {
+  constexpr int CHUNKS = SPAN / Engine::COLUMNS, PAIRS_A_CHUNK = PAIRS / CHUNKS;
   const Stack& stack = f.stack;
   const Tile tile = tile_at(stack.tiles, blockIdx.x);
-  const int64_t first_token = static_cast<int64_t>(blockIdx.y) * TOKEN_TILES * 8;
-  const int units = static_cast<int>((stack.k + UNIT - 1) / UNIT);
   const Strip strip(tile, warp_id());
   const LowRank<T, FEW> ab(stack.factors.a, stack.factors.b, stack.factors.r_steps, tile, warp_id(), stack.spans);
   const LowRank<T, FEW> pq(stack.factors.p, stack.factors.q, stack.factors.s_steps, tile, warp_id(), stack.spans);
   const float bias = stack.factors.bias[tile.group];
-  Noise<QUARTERS> noise(stack.factors, strip);
-
-  for (int unit = 0; unit < FORWARD_STAGES - 1; ++unit) {
-    if (unit < units) copy_tokens<T>(f, first_token, unit, stages + unit * STAGE);
-    end_copies();
-  }
-  float acc[TOKEN_TILES][4] = {};
+  ForwardNoise<Engine::NOISE_HELD> noise(stack.factors, strip);
+  uint4* parked = reinterpret_cast<uint4*>(shared_memory() + Engine::PARKED_AT);
+  const int chunks = static_cast<int>((stack.k + Engine::COLUMNS - 1) / Engine::COLUMNS);
+  const Engine engine{f, {f, tile}, chunks};
+  engine.start();
+  Sums sums;
+  engine.clear(sums);
   for (int span = 0; span < stack.spans; ++span) {
-    noise.draw(span, 0);
+    if (NOISY) noise.draw(span, 0, parked);
 #pragma unroll
-    for (int pair = 0; pair < PAIRS; ++pair) {
-      const int unit = span * PAIRS + pair;
-      if (unit >= units) break;
-      // on its way while the residual is made
-      WeightUnit<T> w;
-      w.load(f.w, strip, unit, stack.k);
-      uint32_t delta[2][2][4];
+    for (int part = 0; part < CHUNKS; ++part) {
+      const int chunk = span * CHUNKS + part;
+      if (chunk >= chunks) break;
+      const unsigned char* stage = engine.next(chunk);
+      if (NOISY && part * PAIRS_A_CHUNK == Engine::NOISE_HELD) noise.resume(parked);
 #pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        // a branch for each, lest the compiler work on both at once: see Noise::draw
-        if (opaque(noise.present)) {
-          residual_operand<true>(ab, pq, noise, bias, span, pair, s, delta[s]);
-        } else {
-          residual_operand<false>(ab, pq, noise, bias, span, pair, s, delta[s]);
-        }
-      }
-      // the unit has arrived for every thread, and every warp is done with the stage that is filled again
-      copies_left<FORWARD_STAGES - 2>();
-      __syncthreads();
-      const int ahead = unit + FORWARD_STAGES - 1;
-      if (ahead < units) copy_tokens<T>(f, first_token, ahead, stages + ahead % FORWARD_STAGES * STAGE);
-      end_copies();
-      const uint4* tokens = stages + unit % FORWARD_STAGES * STAGE + lane_id();
+      for (int pair = 0; pair < PAIRS_A_CHUNK; ++pair) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        uint32_t a[2][4];
-        w.operand(h, 0, a[0]);
-        w.operand(h, 1, a[1]);
-#pragma unroll
-        for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
-          const uint4 x = tokens[(h * TOKEN_TILES + token_tile) * WARP];
-          multiply<T>(acc[token_tile], a[0], x.x, x.y);
-          multiply<T>(acc[token_tile], delta[0][h], x.x, x.y);
-          multiply<T>(acc[token_tile], a[1], x.z, x.w);
-          multiply<T>(acc[token_tile], delta[1][h], x.z, x.w);
+        for (int s = 0; s < 2; ++s) {
+          uint32_t residual[2][4];
+          residual_operand<NOISY>(ab, pq, noise, bias, span, part * PAIRS_A_CHUNK + pair, s, residual);
+          engine.multiply_pair(sums, stage, pair, s, residual, chunk + pair + s == 0);
         }
       }
     }
   }
-  copies_left<0>();
+  engine.finish();
   __syncthreads();
-  store_tokens<T>(f, tile, first_token, acc);
+  store_tokens<T>(f, tile, sums);
+}
+
+// Machine code of sm_90a has the second kernel alone, that of all others the first: see `on_hopper`.
+template <class T, bool FEW, bool NOISY>
+__global__ void __launch_bounds__(FORWARD_THREADS, Portable<T, FEW>::BLOCKS_AN_SM) forward_kernel(ForwardArguments<T> f) {
+#if STAMINA_PORTABLE_CODE
+  forward_strip<Portable<T, FEW>, NOISY, T, FEW>(f);
+#endif
+}
+
+template <class T, bool FEW, bool NOISY>
+__global__ void __launch_bounds__(FORWARD_THREADS, Hopper<T, FEW>::BLOCKS_AN_SM) forward_hopper_kernel(ForwardArguments<T> f) {
+#if STAMINA_HOPPER_CODE
+  forward_strip<Hopper<T, FEW>, NOISY, T, FEW>(f);
+#endif
 }
 
 }  // namespace stamina::cuda

@@ -44,12 +44,11 @@ STAMINA_DEVICE void leave_quarter(const LowRank<T, FEW>& ab, const LowRank<T, FE
   const int lane = lane_id();
 #pragma unroll
   for (int pair = 0; pair < PAIRS; ++pair) {
-    float d[2][4], l[2][4];
-    bool open[2][4];
+    float d[2][4], l[2][4], margin[2][4];
     ab.product(span, quarter, pair, d);
     pq.product(span, quarter, pair, l);
-    gate<0, NOISY>(noise, pair, 0, l[0], bias, open[0]);
-    gate<1, NOISY>(noise, pair, 0, l[1], bias, open[1]);
+    margins<0, NOISY>(noise, pair, 0, l[0], bias, margin[0]);
+    margins<1, NOISY>(noise, pair, 0, l[1], bias, margin[1]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
 #pragma unroll
@@ -58,7 +57,7 @@ STAMINA_DEVICE void leave_quarter(const LowRank<T, FEW>& ab, const LowRank<T, FE
         const int column = (2 * pair + h) * BLOCK + column_of(quarter, 2 * lane_pair(lane));
         const int v = 2 * lower;
         *reinterpret_cast<uint32_t*>(to + row * INPUT_STRIDE + column) =
-            pack<T>(open[h][v] ? d[h][v] : 0.0f, open[h][v + 1] ? d[h][v + 1] : 0.0f);
+            kept_below_zero(pack<T>(d[h][v], d[h][v + 1]), margin[h][v], margin[h][v + 1]);
       }
     }
   }

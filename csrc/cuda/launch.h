@@ -37,6 +37,21 @@ void launch_kernel(Kernel kernel, Grid grid, int threads, int shared_bytes, void
 #endif
 }
 
+// Whether the current device runs the code of sm_90a, and this library has it. The emulation does as it is told.
+inline bool on_hopper() {
+#if defined(STAMINA_EMULATED)
+  return emulated::hopper;
+#elif !defined(STAMINA_HOPPER)
+  return false;
+#else
+  int device = 0, major = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess)
+    throw std::runtime_error(std::string("CUDA names no current device: ") + cudaGetErrorString(cudaGetLastError()));
+  return major == 9;
+#endif
+}
+
 inline std::string where(const char* kernel, const Stack& stack, int64_t tokens) {
   return std::string(kernel) + " kernel, N = " + std::to_string(stack.rows) + ", k = " + std::to_string(stack.k) +
          ", tokens = " + std::to_string(tokens) + ", ranks <= " + std::to_string(16 * stack.factors.r_steps) + ", " +

@@ -9,6 +9,7 @@
 //   - a lane owns eight neighbouring columns of a sub-block: 16 bytes of W, and of X, are its operands of two products;
 //   - it owns columns c, c + 32, ..., c + 224 of a span together: the eight halves of one Philox call;
 //   - the accumulators of quarters 2s and 2s + 1 of A B are operand A of product s of the sub-block.
+// The forward takes W and X from shared memory, matrix by matrix of eight columns, and leaves the columns as they are.
 #pragma once
 
 #include "../core/philox.h"
@@ -50,6 +51,8 @@ STAMINA_INLINE constexpr Place operand_b(int lane, int number) {
 // the column of a sub-block that n (0 to 7) of a quarter stands for
 STAMINA_INLINE constexpr int column_of(int quarter, int n) { return n / 2 * 8 + 2 * quarter + n % 2; }
 
+STAMINA_INLINE constexpr int plain_column_of(int quarter, int n) { return quarter * 8 + n; }
+
 // ---- packed operands, in words of 16 bytes: the eight numbers of word `index` -------------------------------------------
 
 // A number of a factor [outer, row, column]; which of them are outside is the packer's business.
@@ -79,6 +82,16 @@ STAMINA_INLINE int64_t right_index(int64_t group, int64_t spans, int64_t span, i
 }
 constexpr int64_t RIGHT_STEP = QUARTERS * PAIRS * WARP;  // words from one step to the next
 
+// The same right factor for the forward, in the order of `plain_column_of`; same index.
+STAMINA_INLINE Source right_plain_source(int64_t index, int number, int64_t steps, int64_t spans) {
+  const int lane = static_cast<int>(index % WARP), pair = static_cast<int>(index / WARP % PAIRS);
+  const int quarter = static_cast<int>(index / WARP / PAIRS % QUARTERS);
+  const int64_t rest = index / WARP / PAIRS / QUARTERS, step = rest % steps, span = rest / steps % spans;
+  const Place place = operand_b(lane, number % 4);
+  return {rest / steps / spans, step * RANKS + place.row,
+          span * SPAN + (2 * pair + number / 4) * BLOCK + plain_column_of(quarter, place.column)};
+}
+
 // The same right factor for dA = D Bᵀ, where a product of 8 columns takes 16 ranks in two parts: the word of a lane holds
 // ranks g and g + 8 of its own two columns, of the two sub-blocks; same index.
 STAMINA_INLINE Source right_transposed_source(int64_t index, int number, int64_t steps, int64_t spans) {
@@ -107,6 +120,15 @@ STAMINA_INLINE Source gradient_source(int64_t index, int number, int64_t token_t
   const Place place = operand_b(lane, number % 4);
   return {index / WARP / token_tiles / (TILE_ROWS / HALF_ROWS), half * HALF_ROWS + number / 4 * 16 + place.row,
           token_tile * 8 + place.column};
+}
+
+// X for the forward: [token block][eight columns][token], so that eight tokens by eight columns are 128 bytes that lie
+// together, a matrix of `load_matrices` and of `multiply_async`; `row` is the token.
+constexpr int BLOCK_TOKENS = TOKEN_TILES * 8;
+STAMINA_INLINE Source tokens_source(int64_t index, int number, int64_t spans) {
+  const int64_t token = index % BLOCK_TOKENS, eight = index / BLOCK_TOKENS % (spans * (SPAN / HALVES));
+  const int64_t block = index / BLOCK_TOKENS / (spans * (SPAN / HALVES));
+  return {0, block * BLOCK_TOKENS + token, eight * HALVES + number};
 }
 
 }  // namespace stamina::cuda

@@ -14,6 +14,8 @@ STAMINA_DEVICE Source source_of(const PackJob& job, int64_t index, int number) {
     case Packing::left_transposed: return left_transposed_source(index, number, job.steps);
     case Packing::right: return right_source(index, number, job.steps, job.spans);
     case Packing::right_transposed: return right_transposed_source(index, number, job.steps, job.spans);
+    case Packing::right_plain: return right_plain_source(index, number, job.steps, job.spans);
+    case Packing::tokens: return tokens_source(index, number, job.spans);
     default: return gradient_source(index, number, job.steps);
   }
 }

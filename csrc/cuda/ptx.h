@@ -9,6 +9,14 @@
 #include "../core/rounding.h"
 
 #define STAMINA_DEVICE __device__ __forceinline__
+// which kernels the machine code at hand has; the build says STAMINA_HOPPER where sm_90a is among its architectures
+#if defined(STAMINA_HOPPER) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define STAMINA_HOPPER_CODE 1
+#define STAMINA_PORTABLE_CODE 0
+#else
+#define STAMINA_HOPPER_CODE 0
+#define STAMINA_PORTABLE_CODE 1
+#endif
 
 namespace stamina::cuda {
 
@@ -39,6 +47,36 @@ STAMINA_DEVICE void copies_left() {
   asm volatile("cp.async.wait_group %0;" ::"n"(COUNT) : "memory");
 }
 
+// ---- bulk copies (sm_90) ----------------------------------------------------------------------------------------------
+//
+// A barrier in shared memory counts the bytes that are on their way. Its phases have parities 0, 1, 0, ...
+
+STAMINA_DEVICE void barrier_init(uint64_t* barrier) {
+  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+  // seen by the copies too
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+// The one arrival of a phase, which ends once so many bytes have come.
+STAMINA_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+STAMINA_DEVICE void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.b32 %0, 1, 0, p; }"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+  } while (!done);
+}
+// a multiple of 16 bytes between multiples of 16
+STAMINA_DEVICE void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
 // ---- products of one warp -------------------------------------------------------------------------------------------
 
 // d [16, 8] += a [16, 16] b [16, 8], half precision in, fp32 sums
@@ -57,12 +95,37 @@ STAMINA_DEVICE void multiply<Half>(float (&d)[4], const uint32_t (&a)[4], uint32
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// d [16, 8] = a [16, 16] b [16, 8]
+template <class T>
+STAMINA_DEVICE void product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+STAMINA_DEVICE void product<Bf16>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+template <>
+STAMINA_DEVICE void product<Half>(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
 // d [16, 8] += a [16, 8] b [8, 8], the upper 19 bits of fp32 in, fp32 sums
 STAMINA_DEVICE void multiply_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(__float_as_uint(a0)), "r"(__float_as_uint(a1)), "r"(__float_as_uint(a2)), "r"(__float_as_uint(a3)),
         "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+
+// Four 8 x 8 matrices of shared memory: lanes 8q to 8q + 7 point to the rows (16 bytes) of matrix q, and lane (g, i) gets
+// columns 2i and 2i + 1 of row g.
+STAMINA_DEVICE void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
 }
 
 // Four 8 x 8 matrices of shared memory, transposed: lanes 8q to 8q + 7 point to the rows (16 bytes) of matrix q, and lane
@@ -73,6 +136,53 @@ STAMINA_DEVICE void load_transposed(uint32_t (&r)[4], const void* row) {
                : "r"(shared_address(row))
                : "memory");
 }
+
+// ---- products of four warps (sm_90a) ----------------------------------------------------------------------------------
+
+// Operand B of 16 columns of X: matrices of 8 tokens by 8 columns, 128 bytes each, one after another for the tokens;
+// `next` bytes from the first eight columns to the others.
+STAMINA_DEVICE uint64_t matrices_at(const void* first, uint32_t next) {
+  constexpr uint64_t NEXT_TOKENS = 128 >> 4;
+  return (shared_address(first) & 0x3ffffu) >> 4 | static_cast<uint64_t>(next >> 4) << 16 | NEXT_TOKENS << 32;
+}
+STAMINA_DEVICE uint64_t matrices_after(uint64_t matrices, uint32_t bytes) { return matrices + (bytes >> 4); }
+
+// before the first product of a group: its registers are written
+STAMINA_DEVICE void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+STAMINA_DEVICE void end_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// waits until at most COUNT groups are under way
+template <int COUNT>
+STAMINA_DEVICE void products_left() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(COUNT) : "memory");
+}
+
+#define STAMINA_FOUR(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+#define STAMINA_WGMMA(type)                                                                                               \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %45, 0; wgmma.mma_async.sync.aligned.m64n80k16.f32." type "." type         \
+               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
+               "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39}, "                     \
+               "{%40, %41, %42, %43}, %44, p, 1, 1, 0; }"                                                                   \
+               : STAMINA_FOUR(0), STAMINA_FOUR(1), STAMINA_FOUR(2), STAMINA_FOUR(3), STAMINA_FOUR(4), STAMINA_FOUR(5),    \
+                 STAMINA_FOUR(6), STAMINA_FOUR(7), STAMINA_FOUR(8), STAMINA_FOUR(9)                                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
+
+// d [64, 80] = a [64, 16] b [16, 80] + d (without d where not `add`), of four warps: a warp has 16 rows of a and d as in
+// `multiply`, tile by tile of 8 tokens. Done once `products_left` says so; until then d is not to be touched. (Zeros to begin
+// with would be plain writes of d, and ptxas then waits for every product.)
+template <class T>
+STAMINA_DEVICE void multiply_async(float (&d)[10][4], const uint32_t (&a)[4], uint64_t b, bool add);
+#if STAMINA_HOPPER_CODE
+template <>
+STAMINA_DEVICE void multiply_async<Bf16>(float (&d)[10][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  STAMINA_WGMMA("bf16");
+}
+template <>
+STAMINA_DEVICE void multiply_async<Half>(float (&d)[10][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  STAMINA_WGMMA("f16");
+}
+#endif
+#undef STAMINA_WGMMA
+#undef STAMINA_FOUR
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
@@ -104,16 +214,33 @@ STAMINA_DEVICE void unpack<Half>(uint32_t both, float& low, float& high) {
   asm("{ .reg .f16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h; }" : "=f"(low), "=f"(high) : "r"(both));
 }
 
+// 2^x as `core::power_of_two` has it, but infinity for x from 128 on
+STAMINA_DEVICE float unbound_power_of_two(float x) {
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+}
+
+// two half-precision numbers, each where its margin is below 0, else 0; a margin that is no number keeps none
+STAMINA_DEVICE uint32_t kept_below_zero(uint32_t both, float margin_low, float margin_high) {
+  uint32_t kept;
+  // repeats the sign of either margin over its half; what is not a number comes out of arithmetic with a positive one
+  asm("prmt.b32 %0, %1, %2, 0xffbb;" : "=r"(kept) : "f"(margin_low), "f"(margin_high));
+  return both & kept;
+}
+
 // the same number, of which the compiler knows nothing
 STAMINA_DEVICE int opaque(int value) {
   asm volatile("mov.b32 %0, %0;" : "+r"(value));
   return value;
 }
 
-// core::uniform of half ODD of a word: a byte permutation puts the 16 bits below the bits of 128
+// core::uniform of half ODD of a word: a byte permutation puts the 16 bits below the bits of 128, the upper half of `exponent`
+constexpr uint32_t UNIFORM_EXPONENT = 0x43000000u;
 template <int ODD>
-STAMINA_DEVICE float uniform_of(uint32_t word) {
-  return __uint_as_float(__byte_perm(word, 0x4300u, ODD ? 0x5432 : 0x5410)) - (128.0f - 0x1p-17f);
+STAMINA_DEVICE float uniform_of(uint32_t word, uint32_t exponent) {
+  float above;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=f"(above) : "r"(word), "r"(exponent), "n"(ODD ? 0x7632 : 0x7610));
+  return above - (128.0f - 0x1p-17f);
 }
 
 }  // namespace stamina::cuda

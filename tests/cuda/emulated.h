@@ -1,7 +1,7 @@
 // A GPU for a plain compiler: csrc/cuda/ptx.h lane by lane, from the PTX ISA's tables, and the threads of a block as fibers.
 //
-// A block's threads take turns, each until it needs the others. Shared memory starts as not-a-number; asynchronous copies
-// happen when they are waited for and not before, so that a missing wait shows; 16-byte accesses must be aligned.
+// A block's threads take turns, each until it needs the others. Shared memory starts as not-a-number; asynchronous copies and
+// products happen when they are waited for and not before, so that a missing wait shows; 16-byte accesses must be aligned.
 #pragma once
 
 #include <ucontext.h>
@@ -11,13 +11,17 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <vector>
 
+#include "../../csrc/core/gate.h"
 #include "../../csrc/core/philox.h"
 #include "../../csrc/core/rounding.h"
 
 #define STAMINA_DEVICE inline
+#define STAMINA_HOPPER_CODE 1
+#define STAMINA_PORTABLE_CODE 1
 #define __global__
 #define __launch_bounds__(...)
 
@@ -48,12 +52,31 @@ struct Copy {
   bool exists;
 };
 
+// one lane's share of a product of four warps: what its warp's lanes gave as operand A, and where its sums are
+struct Product {
+  uint32_t a[LANE_COUNT][4];
+  uint64_t b;
+  float* sums;
+  bool add;
+  void (*run)(const Product&);
+};
+
+// a barrier of bulk copies: the bytes expected in the phase under way, the copies that bring them
+struct Bulk {
+  bool open = false;
+  int64_t expected = 0, sent = 0, phase = 0;
+  std::vector<Copy> copies;
+  std::vector<uint32_t> sizes;
+};
+
 struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack;
   bool done = false;
   int id = 0;
   std::vector<std::vector<Copy>> groups{1};  // asynchronous copies, the open group last
+  std::vector<std::vector<Product>> products{1};  // likewise
+  bool fenced = false;                            // the registers of products are written
 };
 
 // what the lanes of a warp show each other; two, since a lane may be one exchange ahead
@@ -66,6 +89,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<Exchange> warps;
   Meeting everyone;
+  std::map<const uint64_t*, Bulk> barriers;
   std::vector<unsigned char> memory;
   unsigned char* shared = nullptr;
   ucontext_t scheduler;
@@ -119,6 +143,8 @@ inline void enter() {
 // the threads of a block take their turns in this order
 enum class Order { forward, backward };
 inline Order order = Order::forward;
+// whether the kernels of sm_90a run
+inline bool hopper = false;
 
 template <class Arguments>
 struct Call {
@@ -222,6 +248,60 @@ void copies_left() {
   }
 }
 
+// ---- sm_90 ----------------------------------------------------------------------------------------------------------
+
+inline void barrier_init(uint64_t* barrier) { emulated::block->barriers[barrier] = {}; }
+inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  emulated::Bulk& bulk = emulated::block->barriers.at(barrier);
+  if (bulk.open) emulated::fail("a barrier of one arrival a phase has two");
+  bulk.open = true;
+  bulk.expected += bytes;
+}
+inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  emulated::check_aligned(to);
+  emulated::check_aligned(from);
+  if (bytes % 16) emulated::fail("a bulk copy of no multiple of 16 bytes");
+  emulated::Bulk& bulk = emulated::block->barriers.at(barrier);
+  bulk.copies.push_back({to, from, true});
+  bulk.sizes.push_back(bytes);
+  bulk.sent += bytes;
+}
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  emulated::Bulk& bulk = emulated::block->barriers.at(barrier);
+  // done where the phase under way has the other parity
+  while (bulk.phase % 2 == parity) {
+    if (bulk.open && bulk.sent == bulk.expected) {
+      for (size_t n = 0; n < bulk.copies.size(); ++n) memcpy(bulk.copies[n].to, bulk.copies[n].from, bulk.sizes[n]);
+      const int64_t phase = bulk.phase + 1;
+      bulk = {};
+      bulk.phase = phase;
+    } else {
+      emulated::others();
+    }
+  }
+}
+
+inline uint64_t matrices_at(const void* first, uint32_t next) {
+  emulated::check_aligned(first);
+  const uint64_t offset = static_cast<const unsigned char*>(first) - emulated::block->shared;
+  return offset >> 4 | static_cast<uint64_t>(next >> 4) << 16 | static_cast<uint64_t>(128 >> 4) << 32;
+}
+inline uint64_t matrices_after(uint64_t matrices, uint32_t bytes) { return matrices + (bytes >> 4); }
+
+inline void begin_products() { emulated::block->now->fenced = true; }
+inline void end_products() {
+  emulated::block->now->products.emplace_back();
+  emulated::block->now->fenced = false;
+}
+template <int COUNT>
+void products_left() {
+  auto& groups = emulated::block->now->products;
+  while (groups.size() > COUNT + 1) {
+    for (const auto& product : groups.front()) product.run(product);
+    groups.erase(groups.begin());
+  }
+}
+
 template <class T>
 float half_of(uint32_t word, int upper) {
   return core::widen(T{static_cast<uint16_t>(upper ? word >> 16 : word)});
@@ -245,6 +325,38 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   }
 }
 
+template <class T>
+void product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  d[0] = d[1] = d[2] = d[3] = 0.0f;
+  multiply<T>(d, a, b0, b1);
+}
+
+// wgmma.m64n80k16, operand A in registers: PTX ISA, "Register fragments" and "Matrix descriptor". Operand B lies in matrices of
+// 8 by 8 without swizzling: bits 0 to 13 of the descriptor say where the first one is, 16 to 29 how far the next eight k are
+// from it, 32 to 45 how far the next eight columns, in units of 16 bytes.
+template <class T>
+void multiply_async(float (&d)[10][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  if (!emulated::block->now->fenced) emulated::fail("a product of four warps before a fence");
+  emulated::Product product{{}, b, &d[0][0], add, [](const emulated::Product& of) {
+    const int lane = emulated::block->now->id % emulated::LANE_COUNT;
+    const auto field = [&](int from) { return static_cast<int64_t>(of.b >> from & 0x3fff) * 16; };
+    for (int entry = 0; entry < 40; ++entry) {
+      const int row = lane / 4 + (entry % 4 < 2 ? 0 : 8), column = entry / 4 * 8 + lane % 4 * 2 + (entry & 1);
+      float sum = 0.0f;
+      for (int k = 0; k < 16; ++k) {
+        const uint32_t left = of.a[row % 8 * 4 + k % 8 / 2][(row < 8 ? 0 : 1) + (k < 8 ? 0 : 2)];
+        const unsigned char* matrix = emulated::block->shared + field(0) + k / 8 * field(16) + column / 8 * field(32);
+        const T right = *reinterpret_cast<const T*>(matrix + column % 8 * 16 + k % 8 * 2);
+        sum += half_of<T>(left, k % 2) * core::widen(right);
+      }
+      of.sums[entry] = of.add ? of.sums[entry] + sum : sum;
+    }
+  }};
+  const auto* all = emulated::exchange(a, 4);
+  for (int lane = 0; lane < emulated::LANE_COUNT; ++lane) memcpy(product.a[lane], all[lane], sizeof(a));
+  emulated::block->now->products.back().push_back(product);
+}
+
 // mma.m16n8k8 for .tf32
 inline void multiply_tf32(float (&d)[4], float a0, float a1, float a2, float a3, float b0, float b1) {
   const auto tf32 = [](float value) { return core::bits(value) & 0xffffe000u; };
@@ -262,8 +374,8 @@ inline void multiply_tf32(float (&d)[4], float a0, float a1, float a2, float a3,
   }
 }
 
-// ldmatrix.x4.trans: lane L gives the address of row L % 8 of matrix L / 8
-inline void load_transposed(uint32_t (&r)[4], const void* row) {
+// ldmatrix.x4, and .trans: lane L gives the address of row L % 8 of matrix L / 8
+inline void load_matrices(uint32_t (&r)[4], const void* row, bool transposed = false) {
   emulated::check_aligned(row);
   const uint64_t address = reinterpret_cast<uintptr_t>(row);
   const uint32_t mine[2] = {static_cast<uint32_t>(address), static_cast<uint32_t>(address >> 32)};
@@ -271,13 +383,15 @@ inline void load_transposed(uint32_t (&r)[4], const void* row) {
   for (int matrix = 0; matrix < 4; ++matrix) {
     uint32_t both = 0;
     for (int n = 0; n < 2; ++n) {
-      const auto& words = all[matrix * 8 + emulated::lane() % 4 * 2 + n];
+      const int outer = emulated::lane() / 4, inner = emulated::lane() % 4 * 2 + n;
+      const auto& words = all[matrix * 8 + (transposed ? inner : outer)];
       const uint64_t from = words[0] | static_cast<uint64_t>(words[1]) << 32;
-      both |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[emulated::lane() / 4]) << (16 * n);
+      both |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[transposed ? outer : inner]) << (16 * n);
     }
     r[matrix] = both;
   }
 }
+inline void load_transposed(uint32_t (&r)[4], const void* row) { load_matrices(r, row, true); }
 
 template <class T>
 uint32_t pack(float low, float high) {
@@ -298,9 +412,17 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   for (int n = 0; n < 4; ++n) result |= static_cast<uint32_t>(pair >> (8 * (selector >> (4 * n) & 7)) & 0xff) << (8 * n);
   return result;
 }
+constexpr uint32_t UNIFORM_EXPONENT = 0x43000000u;
 template <int ODD>
-float uniform_of(uint32_t word) {
-  return core::from_bits(byte_permute(word, 0x4300u, ODD ? 0x5432 : 0x5410), 0.0f) - (128.0f - 0x1p-17f);
+float uniform_of(uint32_t word, uint32_t exponent) {
+  return core::from_bits(byte_permute(word, exponent, ODD ? 0x7632 : 0x7610), 0.0f) - (128.0f - 0x1p-17f);
+}
+
+inline float unbound_power_of_two(float x) { return x > 127.0f ? std::exp2(x) : core::power_of_two(x); }
+inline uint32_t kept_below_zero(uint32_t both, float margin_low, float margin_high) {
+  // a GPU's arithmetic makes what is not a number with a positive sign, this machine's does not
+  const auto kept = [](float margin) { return !std::isnan(margin) && std::signbit(margin); };
+  return both & ((kept(margin_low) ? 0xffffu : 0) | (kept(margin_high) ? 0xffff0000u : 0));
 }
 
 }  // namespace stamina::cuda

@@ -75,6 +75,35 @@ static void operands_meet() {
   }
 }
 
+// The forward: matrices of eight columns as they lie. The accumulators of A B, and W and X as `load_matrices` hands them out
+// (row g, columns 2i and 2i + 1 of matrices: rows 0 to 7 and 8 to 15 of W by columns 0 to 7 and 8 to 15; tokens by the same
+// columns), meet as operands of product s.
+static void plain_operands_meet() {
+  std::set<int> seen;
+  for (int quarter = 0; quarter < QUARTERS; ++quarter) {
+    for (int n = 0; n < 8; ++n) seen.insert(plain_column_of(quarter, n));
+  }
+  hold(seen.size() == BLOCK, "a sub-block's columns, each once, in plain order");
+  for (int lane = 0; lane < WARP; ++lane) {
+    for (int s = 0; s < 2; ++s) {
+      for (int number = 0; number < 8; ++number) {
+        const Place place = operand_a(lane, number);
+        const int matrix = number / 2, quarter = 2 * s + number / 4, entry = number / 2 % 2 * 2 + number % 2;
+        const int column = 16 * s + matrix / 2 * 8 + 2 * lane_pair(lane) + number % 2;
+        hold(matrix % 2 * 8 + lane_row(lane) == place.row && column == 16 * s + place.column, "a number of W, plain");
+        hold(accumulator(lane, entry).row == place.row, "an accumulator's row, plain");
+        hold(plain_column_of(quarter, accumulator(lane, entry).column) == column, "an accumulator's column, plain");
+      }
+      for (int number = 0; number < 4; ++number) {
+        const Place place = operand_b(lane, number);
+        const int64_t word = (2 * s + number / 2) * BLOCK_TOKENS + lane_row(lane);
+        const Source at = tokens_source(word, 2 * lane_pair(lane) + number % 2, 1);
+        hold(at.row == place.column && at.column == 16 * s + place.row, "a number of X, plain");
+      }
+    }
+  }
+}
+
 template <class Of>
 static void packs_each_number_once(int64_t words, int64_t outer, int64_t rows, int64_t columns, Of source, const char* what) {
   std::set<std::tuple<int64_t, int64_t, int64_t>> seen;
@@ -93,12 +122,18 @@ int main() {
   columns_are_renamed_once();
   a_lane_owns_the_halves_of_its_calls();
   operands_meet();
+  plain_operands_meet();
   const int64_t left = 2 * STRIPS * 3 * WARP, right = 2 * 3 * 2 * RIGHT_STEP, gradient = 2 * 2 * 5 * WARP;
   packs_each_number_once(left, 2, TILE_ROWS, 48, [](int64_t w, int n) { return left_source(w, n, 3); }, "left");
   packs_each_number_once(left, 2, TILE_ROWS, 48, [](int64_t w, int n) { return left_transposed_source(w, n, 3); }, "leftᵀ");
   packs_each_number_once(right, 2, 32, 3 * SPAN, [](int64_t w, int n) { return right_source(w, n, 2, 3); }, "right");
   packs_each_number_once(
       right, 2, 32, 3 * SPAN, [](int64_t w, int n) { return right_transposed_source(w, n, 2, 3); }, "rightᵀ");
+  packs_each_number_once(
+      right, 2, 32, 3 * SPAN, [](int64_t w, int n) { return right_plain_source(w, n, 2, 3); }, "right, plain");
+  const int64_t tokens = 2 * 3 * SPAN / HALVES * BLOCK_TOKENS;
+  packs_each_number_once(
+      tokens, 1, 2 * BLOCK_TOKENS, 3 * SPAN, [](int64_t w, int n) { return tokens_source(w, n, 3); }, "tokens");
   packs_each_number_once(gradient, 2, TILE_ROWS, 40, [](int64_t w, int n) { return gradient_source(w, n, 5); }, "gradient");
   if (wrong == 0) std::printf("every layout holds\n");
   return wrong != 0;
