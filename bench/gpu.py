@@ -3,7 +3,8 @@
 The stages run one after another, each in a process of its own with its own log and limit: _C_cuda built for this GPU, the GPU
 tests, compute-sanitizer, and the bench in parts. What is left is one folder to commit, with summary.md on top. Run again, it
 goes on: a stage that this very code has passed in that folder is not repeated. Needs torch, triton, numpy, pytest, safetensors
-and transformers; nvcc and cmake for _C_cuda, peft for its arm, diffusers for the tests that train, matplotlib for the plots.
+and transformers; nvcc and cmake for _C_cuda, peft for its arms, diffusers, pydantic, rich, pillow and pyyaml for the tests and
+timings of training, matplotlib for the plots.
 Nothing is installed: the package is used as it lies in the checkout.
 """
 
@@ -26,12 +27,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from .machine import ROOT, SOURCES, describe, source_hash
 
+# what a training step needs besides torch
+TRAINING = ("diffusers", "transformers", "pydantic", "rich", "PIL", "yaml")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 
 
@@ -80,6 +84,15 @@ def stages(output: Path) -> list[Stage]:
         suite = (python, "-m", "stamina_fast.bench.suite", plan, "--device", "cuda", "--output", str(output), "--resume")
         return Stage(f"bench-{plan}", (*suite, "--minutes", f"{0.9 * limit / 60:.2f}"), limit)
 
+    def step(name: str, limit: float, *options: str) -> Stage:
+        """A whole training step beside diffusers' loops."""
+        missing = [package for package in TRAINING if find_spec(package) is None]
+        command = (python, "-m", "stamina_fast.bench.step", "--device", "cuda", "--output", str(output / f"step-{name}.json"))
+        # most of the time goes to random weights and to steps that are marked, counted and traced
+        timed = ("--seconds", f"{limit / 4:.0f}", "--rounds", "15", *options)
+        left_out = f"training needs {', '.join(missing)}: not installed" if missing else ""
+        return Stage(f"step-{name}", (*command, *timed), limit, left_out=left_out)
+
     def sanitizer(tool: str | None, limit: float) -> Stage:
         missing = "" if shutil.which("compute-sanitizer") else "compute-sanitizer is not on PATH; the CUDA toolkit has it"
         program = (python, "-m", "stamina_fast.bench.sanitize")
@@ -93,7 +106,9 @@ def stages(output: Path) -> list[Stage]:
     kernels = [f"tests/test_{name}.py" for name in ("kernels", "gate", "penalties")]
     return [
         build(240), Stage("imports", (python, "-c", imports), 90),
-        tests("tests", 400, "tests/gpu"), bench("sd15", 180), sanitizer(None, 150),
+        tests("tests", 400, "tests/gpu"), bench("sd15", 180),
+        step("sd15-b1", 150), step("sd15-b4", 150, "--batch", "4"), step("sdxl-b1", 210, "--model", "sdxl"),
+        step("sd15-memory", 120, "--arm", "ours", "--checkpointing"), sanitizer(None, 150),
         *(sanitizer(tool, 90) for tool in SANITIZERS),
         tests("kernel-tests", 240, *kernels), bench("sdxl", 210), bench("compiled", 240), bench("ranks", 150),
         bench("dtypes", 100), bench("sd21", 120),
@@ -149,7 +164,8 @@ def note_of(stage: Stage, log: Path) -> tuple[bool, list[str]]:
         lines += [f"skipped {count}: {reason}" for reason, count in reasons.most_common()]
         # a run in which everything is skipped has shown nothing
         return outcomes["passed"] > 0 and not outcomes["failed"], lines
-    wanted = re.compile(r"RED|not run|: failed|left out|no cold times|no plots|ERROR SUMMARY|^visited|: no (graph|eager),")
+    trouble = r"RED|not run|: failed|left out|no cold times|no plots|: no (graph|eager),|runs uncaptured"
+    wanted = re.compile(trouble + r"|ERROR SUMMARY|^visited|, by rounds |^peak |^left with ")
     return True, [line.strip() for line in log.read_text(errors="replace").splitlines() if wanted.search(line)]
 
 

@@ -1,0 +1,415 @@
+"""The arms of a step: ours by any backend, the same step with plain frozen projections, and the loops of diffusers' scripts.
+
+All of them learn the same concept from the same pictures, at the same steps of the same draws. They share one set of frozen
+weights (`step_models.sharing`), so that they can take turns in one process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import stamina_fast as sf
+from stamina_fast.config import StaminaConfig
+from stamina_fast.io.concepts import Concept
+from stamina_fast.seeds import derive_seed
+from stamina_fast.tokens import TokenBank
+from stamina_fast.train import TrainOptions
+from stamina_fast.train.backbone import Backbone
+from stamina_fast.train.capture import Captured, recorder
+from stamina_fast.train.latents import LatentBank, encode, variants
+from stamina_fast.train.loop import Trainer, checkpointing, settings
+from stamina_fast.train.step import Buffers, Feed
+
+from .step_models import Model
+from .step_phases import (
+    BACK_TEXT,
+    BACK_UNET,
+    DRAWS,
+    LATENTS,
+    LOSS,
+    OPTIMIZER,
+    TEXT,
+    UNET,
+    Mark,
+    Phases,
+    projections_of,
+    replaced,
+)
+
+TOKEN, WORD, SEED, PICTURES = "<new1>", "sks", 0, 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: `pixels` the side of a picture, `steps` of a concept."""
+
+    name: str
+    model: Model
+    pixels: int
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    steps: int = 500
+    checkpointing: bool = False
+
+    @property
+    def options(self) -> TrainOptions:
+        return TrainOptions(batch=self.batch, resolution=self.pixels, steps=self.steps, seed=SEED,
+                            gradient_checkpointing=self.checkpointing)
+
+
+class Recorded(LatentBank):
+    """A bank that remembers what it was asked for, for loops that encode the pictures themselves."""
+
+    def draw(self, index: Tensor, noise: Tensor) -> Tensor:
+        object.__setattr__(self, "asked", (index, noise))
+        return super().draw(index, noise)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A concept: its pictures as squares [n, 3, pixels, pixels] on the device, and as the latents that ours keeps.
+
+    encoding   seconds that encoding all variants once took
+    """
+
+    concept: Concept
+    squares: Tensor
+    bank: Recorded
+    encoding: float
+
+
+def lesson(case: Case, pipeline) -> Lesson:
+    """Smooth random pictures and what the trainer makes of them before a concept's first step."""
+    draw, options = torch.Generator().manual_seed(SEED), case.options
+    rough = torch.rand(PICTURES, 3, 9, 9, generator=draw) * 2 - 1
+    images = list(F.interpolate(rough, (case.pixels, case.pixels), mode="bicubic", align_corners=False).clamp(-1, 1))
+    paths = tuple(Path(f"{index}.png") for index in range(PICTURES))
+    concept = Concept("thing", paths, f"a photo of {TOKEN}", TOKEN)
+    start = time.perf_counter()
+    crops = variants(images, case.pixels, options.crops, options.crop_scale, options.flip, SEED)
+    bank = encode(pipeline.vae, *crops, batch=case.batch)
+    # waits for the device
+    bank.mean.isfinite().all().item()
+    seconds = time.perf_counter() - start
+    return Lesson(concept, crops[0].to(case.device, case.dtype), Recorded(**vars(bank)), seconds)
+
+
+class Arm:
+    """One way to train: `start` makes what is trained, then every call is one optimizer step.
+
+    note     what the loop does besides, in one line
+    loss     of the last step, a scalar tensor
+    """
+
+    name = note = ""
+    loss: Tensor
+
+    def __init__(self, case: Case, lesson: Lesson, pipeline):
+        self.case, self.lesson, self.pipeline = case, lesson, pipeline
+        self.phases, self.index, self.open, self.watched = Phases(case.device), 0, contextlib.ExitStack(), False
+
+    def start(self) -> None:
+        raise NotImplementedError
+
+    def step(self, index: int) -> None:
+        raise NotImplementedError
+
+    def gradient(self) -> float:
+        """L2 norm of the gradient of everything that trains, at the last step, before it was clipped."""
+        raise NotImplementedError
+
+    def __call__(self) -> None:
+        """The next step; after a concept's last comes the first of the same again."""
+        self.step(self.index % self.case.steps)
+        self.index += 1
+
+    def look(self) -> None:
+        """What the host does now and then, every `TrainOptions.read_every` steps."""
+
+    def close(self) -> None:
+        self.open.close()
+
+    @contextlib.contextmanager
+    def eager(self):
+        """Every step launches its own work, for what looks at the launches."""
+        self.watched = True
+        try:
+            yield
+        finally:
+            self.watched = False
+
+    def wraps(self) -> list[tuple[object, str, object]]:
+        """What `step_phases.replaced` changes while phases are recorded."""
+        return [(module, "forward", self.phases.projection(module.forward)) for module in projections_of(self.pipeline.unet)]
+
+    def once(self) -> dict[str, float]:
+        """{phase: seconds} of one step."""
+        with self.eager(), replaced(self.wraps()), self.phases.record() as spent:
+            self()
+        return dict(spent)
+
+
+class Plain:
+    """What the step needs of adapters, for a U-Net whose projections stay plain: the token alone is trained."""
+
+    def __init__(self, pipeline, config: StaminaConfig):
+        self.noise, self.tau, self.stacks = None, 1.0, nn.ModuleList()
+        self.tokens = TokenBank(pipeline, config, mlp=config.token_mlp, init=config.token_init)
+
+    def named_parameters(self):
+        return ((f"tokens.{name}", parameter) for name, parameter in self.tokens.named_parameters())
+
+    def reset_(self, seed: int) -> None:
+        """Nothing but the token is trained, and it starts with `begin`."""
+
+    def detach(self) -> None:
+        self.tokens.detach()
+
+
+class Ours(Arm):
+    """Our trainer's step. `backend` None leaves the projections plain: the floor of what a step with a token can cost."""
+
+    def __init__(self, case: Case, lesson: Lesson, pipeline, name: str, backend: str | None, captured: bool = False):
+        super().__init__(case, lesson, pipeline)
+        self.name, self.backend, self.wanted = name, backend, captured
+        self.note = "latents cached; token trained by an MLP; " + (
+            "plain frozen projections" if backend is None else f"masked K/V by the {backend} backend"
+        ) + ("; one CUDA graph" if captured else "")
+
+    def start(self) -> None:
+        config, options = settings("stamina", StaminaConfig(), self.case.options, {})
+        adapters = Plain(self.pipeline, config) if self.backend is None else sf.attach(self.pipeline, config)
+        self.open.callback(adapters.detach)
+        self.trainer = trainer = Trainer(self.pipeline, adapters, [self.lesson.concept], config, options)
+        adapters.reset_(derive_seed(SEED, "factors"))
+        adapters.tokens.begin(TOKEN, derive_seed(SEED, "token"))
+        ids = trainer.backbone.tokenise(list(self.lesson.concept.texts))
+        bank = self.lesson.bank
+        self.train = trainer.prepare(bank.mean.shape[1:], [part.shape[1] for part in ids])
+        self.captured = Captured(self.train, recorder(self.wanted, trainer.device), tasks=1)
+        self.feed = Feed(self.train.buffers, bank, ids, self.case.pixels, trainer.diffusion.steps, derive_seed(SEED, "feed"))
+        self.open.enter_context(checkpointing(self.pipeline.unet, options.gradient_checkpointing))
+        self.open.enter_context(self.captured.tables.held())
+
+    @contextlib.contextmanager
+    def chosen(self):
+        """STAMINA_BACKEND says which backend runs, as a person would ask for it."""
+        before = os.environ.get("STAMINA_BACKEND")
+        if self.backend is not None:
+            os.environ["STAMINA_BACKEND"] = self.backend
+        try:
+            yield
+        finally:
+            os.environ.pop("STAMINA_BACKEND", None)
+            if before is not None:
+                os.environ["STAMINA_BACKEND"] = before
+
+    def step(self, index: int) -> None:
+        train, options = self.train, self.trainer.options
+        with self.chosen():
+            if index == 0:
+                self.captured.begin_(derive_seed(SEED, "gate"))
+            with self.phases(DRAWS):
+                self.feed.fill_(index)
+                train.buffers.tau.fill_(self.trainer.config.tau(index / max(1, options.steps - 1)))
+                train.optimizer.set_rate_(options.rate(index))
+            # marks and counts are of the launches that a graph replays
+            train() if self.watched else self.captured()
+        self.loss = train.losses[index, 0]
+
+    def look(self) -> None:
+        self.train.trouble()
+        if self.backend is not None:
+            float(self.trainer.adapters.density())
+
+    def gradient(self) -> float:
+        return self.train.losses[(self.index - 1) % self.case.steps, -1].item()
+
+    def wraps(self) -> list[tuple[object, str, object]]:
+        train, phases = self.train, self.phases
+        encode, backbone, optimizer = train.backbone.encode, train.backbone, train.optimizer
+
+        def text(ids):
+            with phases(TEXT):
+                states, pooled = encode(ids)
+                return Mark.apply(phases, BACK_TEXT, states)[0], pooled
+
+        parts = ("zero_grads_", "value_norms", "norms", "scale_grads_", "step_")
+        found = [(optimizer, part, phases.timed(OPTIMIZER, getattr(optimizer, part))) for part in parts]
+        found += [(backbone, "encode", text), (backbone, "predict", phases.timed(UNET, backbone.predict)),
+                  (torch.Tensor, "backward", phases.timed(BACK_UNET, torch.Tensor.backward))]
+        if self.backend is None:
+            return found + super().wraps()
+        return found + [(stack, "shares", phases.projection(stack.shares)) for stack in self.trainer.adapters.stacks]
+
+
+class Script(Arm):
+    """What the loops of diffusers' scripts have in common: latents and text anew at every step, AdamW as torch has it."""
+
+    word, learning_rate, clears, autocasts = WORD, 0.0, True, False
+
+    def start(self) -> None:
+        from diffusers import DDPMScheduler
+
+        case, pipeline, bank = self.case, self.pipeline, self.lesson.bank
+        self.scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.vae = pipeline.vae
+        self.setup()
+        backbone = Backbone(pipeline)
+        ids = backbone.tokenise([f"a photo of {self.word}"] * PICTURES)
+        self.ids = [part[: case.batch].to(case.device) for part in ids]
+        buffers = Buffers.empty(case.batch, bank.mean.shape[1:], [part.shape[1] for part in ids], torch.device(case.device))
+        steps = self.scheduler.config.num_train_timesteps
+        self.feed = Feed(buffers, bank, ids, case.pixels, steps, derive_seed(SEED, "feed"))
+        self.optimizer = torch.optim.AdamW(self.trained, lr=self.learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
+        pipeline.unet.train()
+        if case.checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+
+    def setup(self) -> None:
+        """Put what trains into the modules; set `trained` and `clipped`, lists of parameters."""
+        raise NotImplementedError
+
+    def states(self) -> tuple[Tensor, dict | None]:
+        """Text states, and what else the U-Net takes."""
+        raise NotImplementedError
+
+    def error(self, predicted: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(predicted.float(), target.float(), reduction="mean")
+
+    def autocast(self, wanted: bool = True):
+        """What accelerate puts around the forward of the models that a script hands to it, in mixed precision."""
+        half = wanted and self.case.dtype != torch.float32
+        return torch.autocast(self.case.device.split(":")[0], self.case.dtype) if half else contextlib.nullcontext()
+
+    def encoded(self) -> Tensor:
+        """Latents of the pictures drawn, encoded now."""
+        index, noise = self.lesson.bank.asked
+        pixels = self.lesson.squares[index].to(next(self.vae.parameters()).dtype)
+        posterior = self.vae.encode(pixels).latent_dist
+        latents = (posterior.mean + posterior.std * noise.to(posterior.mean)) * self.vae.config.scaling_factor
+        return latents.to(self.case.dtype)
+
+    def step(self, index: int) -> None:
+        phases, buffers, scheduler = self.phases, self.feed.buffers, self.scheduler
+        with phases(DRAWS):
+            self.feed.fill_(index)
+        with phases(LATENTS):
+            latents = self.encoded()
+        noise, t = buffers.noise.to(latents.dtype), buffers.t
+        noisy = scheduler.add_noise(latents, noise, t)
+        with phases(TEXT):
+            states, added = self.states()
+            states = Mark.apply(phases, BACK_TEXT, states)[0] if phases.phase and states.requires_grad else states
+        with phases(UNET), self.autocast(self.autocasts):
+            predicted = self.pipeline.unet(noisy, t, encoder_hidden_states=states, added_cond_kwargs=added).sample
+        velocity = scheduler.config.prediction_type == "v_prediction"
+        self.loss = self.error(predicted, scheduler.get_velocity(latents, noise, t) if velocity else noise)
+        with phases(BACK_UNET):
+            self.loss.backward()
+        with phases(OPTIMIZER):
+            self.prune()
+            self.norm = nn.utils.clip_grad_norm_(self.clipped, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=self.clears)
+        with phases(LOSS):
+            # the scripts show the loss after every step
+            self.loss.item()
+
+    def prune(self) -> None:
+        """What a script does to gradients before it clips them."""
+
+    def gradient(self) -> float:
+        return self.norm.item()
+
+
+class Lora(Script):
+    """train_dreambooth_lora.py, and for XL train_dreambooth_lora_sdxl.py: LoRA of rank 4 on all attention, no token."""
+
+    name, learning_rate, autocasts = "lora", 5e-4, True
+
+    def setup(self) -> None:
+        from peft import LoraConfig
+
+        unet, double = self.pipeline.unet, self.case.model.double
+        self.note = "LoRA of rank 4 in every attention, no token; VAE " + (
+            "in fp32 at every step, text once" if double else "and text encoder at every step"
+        )
+        torch.manual_seed(SEED)
+        targets = ["to_k", "to_q", "to_v", "to_out.0"]
+        unet.add_adapter(LoraConfig(r=4, lora_alpha=4, init_lora_weights="gaussian", target_modules=targets))
+        self.trained = self.clipped = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        self.kept = None
+        if double:
+            self.vae = nn.Module.to(copy.deepcopy(self.vae), torch.float32)
+
+    def states(self) -> tuple[Tensor, dict | None]:
+        if not self.case.model.double:
+            return self.pipeline.text_encoder(self.ids[0])[0], None
+        if self.kept is None:
+            with torch.no_grad():
+                self.kept = Backbone(self.pipeline).encode(self.ids)
+        states, pooled = self.kept
+        return states, {"text_embeds": pooled, "time_ids": self.feed.buffers.frames.to(states.dtype)}
+
+
+class CustomDiffusion(Script):
+    """train_custom_diffusion.py with a new word: K and V of all cross-attention, and the whole table of embeddings."""
+
+    name, learning_rate, clears, word = "custom-diffusion", 1e-5, False, TOKEN
+    note = "K and V trained in full, with the whole embedding table in AdamW for the token; VAE and text encoder at every step"
+
+    def setup(self) -> None:
+        from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
+
+        unet, encoder, words = self.pipeline.unet, self.pipeline.text_encoder, self.pipeline.tokenizer
+        start = words.encode(WORD, add_special_tokens=False)[0]
+        words.add_tokens([TOKEN])
+        encoder.resize_token_embeddings(len(words), mean_resizing=False)
+        table = encoder.get_input_embeddings().weight
+        new = words.convert_tokens_to_ids(TOKEN)
+        table.data[new] = table.data[start]
+        self.others = torch.arange(len(words)) != new
+        processors, added = {}, []
+        for name in unet.attn_processors:
+            attention = unet.get_submodule(name.removesuffix(".processor"))
+            crossed = attention.is_cross_attention
+            width, states = attention.to_k.weight.shape
+            made = CustomDiffusionAttnProcessor2_0(train_kv=crossed, train_q_out=False, hidden_size=width,
+                                                   cross_attention_dim=states if crossed else None).to(self.case.device)
+            if crossed:
+                made.to_k_custom_diffusion.weight.data.copy_(attention.to_k.weight)
+                made.to_v_custom_diffusion.weight.data.copy_(attention.to_v.weight)
+            processors[name] = made
+            added += made.parameters()
+        unet.set_attn_processor(processors)
+        encoder.train()
+        table.requires_grad_(True)
+        self.table = table
+        self.trained = [table, *added]
+        # the script hands all of the text encoder to the clipping
+        self.clipped = [*encoder.parameters(), *added]
+
+    def states(self) -> tuple[Tensor, dict | None]:
+        with self.autocast():
+            states = self.pipeline.text_encoder(self.ids[0])[0]
+        return states.float(), None
+
+    def error(self, predicted: Tensor, target: Tensor) -> Tensor:
+        """Within the mask of each picture, which is all of it here."""
+        mask = torch.ones_like(target[:, :1], dtype=torch.float32)
+        squares = F.mse_loss(predicted.float(), target.float(), reduction="none") * mask
+        return (squares.sum([1, 2, 3]) / mask.sum([1, 2, 3])).mean()
+
+    def prune(self) -> None:
+        self.table.grad[self.others.to(self.table.device), :] = 0
