@@ -95,7 +95,7 @@ def operator(folder, sets, *flags, compiler=GXX):
 
 
 @needs_compiler
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", ["generic", *(pytest.param(n, marks=pytest.mark.long) for n in FLAGS if n != "generic")])
 def test_operator_on_odd_shapes(tmp_path, name):
     if name != "generic" and not is_x86():
@@ -105,7 +105,7 @@ def test_operator_on_odd_shapes(tmp_path, name):
 
 @needs_compiler
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_threads_share_nothing(tmp_path):
     """Under the sanitizer of threads."""
     passed(operator(tmp_path, ["generic"], "-O1", "-fsanitize=thread"), "generic")

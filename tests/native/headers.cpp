@@ -115,6 +115,17 @@ void gates() {
   check(!(0.5f > odds_against(none, 0.0f, 0.5f)) && !gate_open(none, 0.0f) && !gate_open(0.0f, none), "a gate that is no number", 0);
 }
 
+// 2^x and log2 x against the C library's in double: near a float's own precision, everywhere
+void powers_and_logarithms() {
+  for (int64_t at = -126 * 509; at <= 127 * 509; ++at) {
+    const float x = static_cast<float>(at) / 509, power = power_of_two(x);
+    const double want = std::exp2(static_cast<double>(x));
+    check(std::fabs(power - want) <= 2.5e-7 * want, "power of two", at);
+    const double log = std::log2(static_cast<double>(power));
+    check(std::fabs(log_two(power) - log) <= 1.5e-7 * (1 + std::fabs(log)), "log2", at);
+  }
+}
+
 void folds() {
   for (const float total : {0.0f, -0.0f, 1.0f, -3.5f}) {
     check(same_bits(fold_element(total, 0.0f, true), total), "fold of zero", 0);
@@ -134,6 +145,7 @@ int main(int, char** arguments) {
   conversions<Bf16>("bf16_widened", "bf16_narrowed");
   conversions<Half>("half_widened", "half_narrowed");
   gates();
+  powers_and_logarithms();
   folds();
   std::printf("%d failures\n", failures);
   return failures != 0;
