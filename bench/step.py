@@ -25,7 +25,8 @@ from stamina_fast.io.files import write_json
 from . import clock, machine, step_measure as measure
 from .problem import DTYPES
 from .run import quartiles
-from .step_arms import Arm, Case, CustomDiffusion, Lesson, Lora, Ours, lesson
+from .step_arms import Arm, Case, Lesson, Ours, lesson
+from .step_loops import CustomDiffusion, Lora
 from .step_memory import levers
 from .step_models import MODELS, build, counted, networks, sharing
 from .step_phases import PHASES

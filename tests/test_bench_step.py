@@ -11,7 +11,8 @@ from replay import Replay
 from torch import nn
 
 from stamina_fast.bench import machine, step as bench_step, step_arms, step_measure, step_models, step_phases, step_scripts
-from stamina_fast.bench.step_arms import Case, CustomDiffusion, Lora, Ours, lesson
+from stamina_fast.bench.step_arms import Case, Ours, lesson
+from stamina_fast.bench.step_loops import CustomDiffusion, Lora
 from stamina_fast.bench.step_models import MODELS, Model, build, networks, sharing
 from stamina_fast.errors import InputError
 
