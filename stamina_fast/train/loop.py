@@ -15,20 +15,22 @@ from ..attach import attach
 from ..config import StaminaConfig
 from ..errors import InputError, StaminaError
 from ..io.concepts import Concept, load_concepts
-from ..io.files import new_folder
+from ..io.files import new_folder, read_bytes, sha256
 from ..io.images import load_image
 from ..io.run import Checkpoint, Run
 from ..seeds import derive_seed
-from .backbone import Backbone, checkpointing, frozen, load_pipeline, no_bars, resolution_of
+from .backbone import Backbone, frozen, load_pipeline, no_bars, resolution_of
 from .capture import Captured, recorder
 from .checkpoint import restore_, state
 from .diffusion import Diffusion
 from .flat import Flat, Optimizer
-from .latents import encode, variants
+from .latents import LatentBank, cached, encode, variants
 from .options import TrainOptions
 from .progress import Reporter
+from .ranks import Ranks, digest, together
 from .record import check_same, digest_of, fingerprint
 from .step import LOSSES, Buffers, Feed, Step
+from .unet import prepared, stepping
 
 
 def train(
@@ -47,33 +49,57 @@ def train(
     device, dtype   where and in what the model runs (`load_pipeline`); factors, losses and masters are fp32 in any case
     on_task   called as on_task(pipeline, run, concept) when a concept is folded and stored, the model being plain to sample
 
+    Several processes that torchrun or accelerate launch has started train one model together (`ranks`): options.batch pictures
+    each, one gradient, the same bits. Rank 0 writes the RUN folder, which all must see, shows progress and calls on_task.
+
     Everything random is a function of (seed, task, step), so a run that is killed and resumed ends in the same bits. Raises
     StaminaError in one line; a concept whose numbers stop being finite is rolled back, and the concepts before it are kept.
     """
     config, options = settings(method, config or StaminaConfig(), options or TrainOptions(), changes)
-    concepts = load_concepts(Path(concepts)) if isinstance(concepts, str | Path) else list(concepts)
-    if not concepts:
-        raise InputError("there are no concepts to learn; give at least one")
-    pictures = [[load_image(path) for path in concept.images] for concept in concepts]
-    name = str(model) if isinstance(model, str | Path) else type(model).__name__
-    pipeline = load_pipeline(model, device, dtype)
-    record = {
-        "method": method, "model": name, "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
-        "fingerprint": fingerprint(pipeline), "stamina": config.to_dict(), "train": options.as_dict(),
-        "concepts": [describe(concept, images) for concept, images in zip(concepts, pictures, strict=True)],
-    }
-    with frozen(pipeline):
-        adapters = attach(pipeline, config)
-        try:
-            # everything that can be refused is refused before a file is written
-            trainer = Trainer(pipeline, adapters, concepts, config, options)
-            run = Run.create(Path(output), record, resume=resume)
-            check_same(run.config, record)
-            trainer.restore(run)
-            trainer.learn(run, pictures, progress, on_task)
-        finally:
-            adapters.detach()
-    save_model(pipeline, run)
+    with together() as ranks:
+        concepts = load_concepts(Path(concepts)) if isinstance(concepts, str | Path) else list(concepts)
+        if not concepts:
+            raise InputError("there are no concepts to learn; give at least one")
+        pictures = [[load_image(path) for path in concept.images] for concept in concepts]
+        named = isinstance(model, str | Path)
+        pipeline = load_pipeline(model, ranks.device(device) if named or device is not None else None, dtype)
+        record = {
+            "method": method, "model": str(model) if named else type(model).__name__, "processes": ranks.count,
+            "dtype": str(pipeline.unet.dtype).removeprefix("torch."), "fingerprint": fingerprint(pipeline),
+            "stamina": config.to_dict(), "train": options.as_dict(),
+            "concepts": [describe(*both, options.prior_weight > 0) for both in zip(concepts, pictures, strict=True)],
+        }
+        ranks.connect(pipeline.unet.device)
+        with frozen(pipeline), prepared(pipeline.unet, options):
+            adapters = attach(pipeline, config)
+            try:
+                # everything that can be refused is refused before a file is written
+                trainer = Trainer(pipeline, adapters, concepts, config, options, ranks)
+                run = open_run(Path(output), record, resume, ranks)
+                trainer.restore(run)
+                trainer.learn(run, pictures, progress and ranks.rank == 0, on_task)
+            finally:
+                adapters.detach()
+        if ranks.rank == 0:
+            save_model(pipeline, run)
+    return run
+
+
+def open_run(output: Path, record: dict, resume: bool, ranks: Ranks) -> Run:
+    """The RUN folder, made by rank 0 and read by all. Raises InputError where it was started with anything else."""
+    ranks.agree(sha256(repr(record).encode()), "was started with other options, pictures or another model")
+    run = Run.create(output, record, resume=resume) if ranks.rank == 0 else None
+    ranks.meet()
+    run = run or Run.open(output)
+    ranks.agree(sha256(read_bytes(output / "manifest.json")), "sees another RUN folder")
+    # a run without the word is older than several processes
+    was = {"processes": 1} | run.config
+    if was["processes"] != record["processes"]:
+        raise InputError(
+            f"cannot resume: the run was started with {was['processes']} processes, is {record['processes']} now, and would "
+            f"end in other bits; start {was['processes']}, or choose another output folder"
+        )
+    check_same(was, record)
     return run
 
 
@@ -94,18 +120,29 @@ def settings(method: str, config: StaminaConfig, options: TrainOptions, changes:
     return methods.apply(method, config, options)
 
 
-def describe(concept: Concept, images: list[torch.Tensor]) -> dict:
+def check_prior(concept: Concept) -> None:
+    if not concept.class_images:
+        raise InputError(
+            f"prior_weight needs class pictures, {concept.name!r} has none; fill its class_data_dir and give its class_prompt "
+            "in concepts_list.json, or leave prior_weight out"
+        )
+
+
+def describe(concept: Concept, images: list[torch.Tensor], prior: bool) -> dict:
     """What config.yaml says of a concept: its words, where its pictures are, and the hash of their pixels."""
-    return {"name": concept.name, "token": concept.token, "prompt": concept.prompt, "class_prompt": concept.class_prompt,
+    said = {"name": concept.name, "token": concept.token, "prompt": concept.prompt, "class_prompt": concept.class_prompt,
             "texts": list(concept.texts), "folder": str(concept.images[0].resolve().parent), "pictures": digest_of(images)}
+    return said | ({"class_pictures": digest_of(map(load_image, concept.class_images))} if prior else {})
 
 
 class Trainer:
     """One run on one device: the fixed buffers, the step over them, and what a task does before and after its steps."""
 
-    def __init__(self, pipeline, adapters, concepts: Sequence[Concept], config: StaminaConfig, options: TrainOptions):
+    def __init__(self, pipeline, adapters, concepts: Sequence[Concept], config: StaminaConfig, options: TrainOptions,
+                 ranks: Ranks):
+        self.ranks = ranks
         self.pipeline, self.adapters, self.concepts = pipeline, adapters, concepts
-        self.config, self.options, self.step, self.captured = config, options, None, None
+        self.config, self.options, self.step, self.captured, self.vae = config, options, None, None, None
         self.device = pipeline.unet.device
         self.recorder = recorder(options.capture, self.device)
         self.size = options.resolution or resolution_of(pipeline)
@@ -116,6 +153,9 @@ class Trainer:
         self.diffusion = Diffusion(pipeline.scheduler, self.device, options.min_snr)
         for concept in concepts:
             self.backbone.check_prompts(list(concept.texts), concept.token)
+            if options.prior_weight:
+                check_prior(concept)
+                self.backbone.check_prompts([concept.class_prompt], concept.token)
 
     def restore(self, run: Run) -> None:
         """Bring back the finished tasks of the run, from W_0 and the stored factors."""
@@ -140,7 +180,7 @@ class Trainer:
                 self.finish(run, task, curve, seconds)
                 reporter.end(task, seconds)
                 saved = None
-                if on_task is not None:
+                if on_task is not None and self.ranks.rank == 0:
                     on_task(self.pipeline, run, self.concepts[task])
 
     def steps(self, run: Run, task: int, images: list[torch.Tensor], reporter: Reporter, saved: Checkpoint | None):
@@ -152,7 +192,7 @@ class Trainer:
         seed = derive_seed(options.seed, "task", task)
         feed = self.begin(concept, images, seed)
         density, first = {}, 0
-        with checkpointing(self.pipeline.unet, options.gradient_checkpointing), self.captured.tables.held():
+        with stepping(self.pipeline.unet, options), self.captured.tables.held():
             self.captured.begin_(derive_seed(seed, "gate"))
             if saved is not None:
                 first = saved.step
@@ -173,7 +213,8 @@ class Trainer:
                     read = done
                 if options.save_every and done % options.save_every == 0 and done < options.steps:
                     self.check(concept)
-                    run.save_checkpoint(concept.name, done, state(self.step, done, density, time.perf_counter() - start))
+                    if self.ranks.rank == 0:
+                        run.save_checkpoint(concept.name, done, state(self.step, done, density, time.perf_counter() - start))
         rows = self.step.losses.tolist()
         curve = [
             {"step": i, **dict(zip(LOSSES, row, strict=True))} | ({"density": density[i]} if i in density else {})
@@ -186,29 +227,50 @@ class Trainer:
         options = self.options
         self.adapters.reset_(derive_seed(seed, "factors"))
         self.adapters.tokens.begin(concept.token, derive_seed(seed, "token"))
-        ids = self.backbone.tokenise(list(concept.texts))
-        crops = variants(images, self.size, options.crops, options.crop_scale, options.flip, derive_seed(seed, "crops"))
-        bank = encode(self.pipeline.vae, *crops, batch=options.batch)
+        texts, cut = list(concept.texts), (options.crops, options.crop_scale, options.flip, derive_seed(seed, "crops"))
+        bank, prior = self.bank(images, *cut), 0
+        if options.prior_weight:
+            others = self.bank([load_image(path) for path in concept.class_images], 1, 1.0, False, 0)
+            bank, prior, texts = bank + others, len(others), [*texts, *[concept.class_prompt] * len(others)]
+        ids = self.backbone.tokenise(texts)
         if self.step is None:
             self.step = self.prepare(bank.mean.shape[1:], [part.shape[1] for part in ids])
             self.captured = Captured(self.step, self.recorder, len(self.concepts))
-        return Feed(self.step.buffers, bank, ids, self.size, self.diffusion.steps, derive_seed(seed, "feed"))
+        return Feed(self.step.buffers, bank, ids, self.size, self.diffusion.steps, derive_seed(seed, "feed"), self.ranks, prior)
+
+    def bank(self, images: list[torch.Tensor], *cut) -> LatentBank:
+        """The latents of pictures in variants that `cut` describes, from the cache where there is one."""
+        vae, batch, folder = self.pipeline.vae, self.options.batch, self.options.cache_latents
+
+        def make() -> LatentBank:
+            return encode(vae, *variants(images, self.size, *cut), batch=batch)
+
+        if folder is None:
+            return make()
+        if self.vae is None:
+            self.vae = digest(vae.state_dict().items())
+        key = self.vae, digest_of(images), self.size, cut, batch
+        return cached(Path(folder), key, vae, make, write=self.ranks.rank == 0)
 
     def prepare(self, shape: tuple[int, int, int], lengths: list[int]) -> Step:
         """The buffers and the step, once for all tasks, so that no address changes between them."""
         named = [(name, p) for name, p in self.adapters.named_parameters() if p.requires_grad]
         token = [(name, p) for name, p in named if name.startswith("token")]
         other = [(name, p) for name, p in named if not name.startswith("token")]
-        rates = [(Flat(other), self.options.learning_rate), (Flat(token), self.options.token_learning_rate)]
+        scale = self.options.scale(self.ranks.count)
+        rates = [(Flat(other), self.options.learning_rate * scale), (Flat(token), self.options.token_learning_rate * scale)]
         optimizer = Optimizer(rates, self.options.betas, self.options.weight_decay)
-        buffers = Buffers.empty(self.options.batch, shape, lengths, self.device)
+        parts, prior = self.options.accumulate, self.options.prior_weight
+        rows = self.options.batch * (2 if prior else 1)
+        buffers = Buffers.empty(rows, shape, lengths, self.device)
         weights = self.config.sparsity_weight, self.config.forgetting_weight
-        parts = self.options.accumulate
-        share = torch.full((self.options.batch // parts,), 1 / parts, device=self.device) if parts > 1 else None
+        share = Feed.share(self.options.batch, parts, prior, self.device)
         return Step(self.backbone, self.adapters, self.diffusion, optimizer, buffers, self.options.steps, weights,
-                    self.options.gradient_clip, parts, share)
+                    self.options.gradient_clip, parts, share, self.ranks)
 
     def check(self, concept: Concept) -> None:
+        # before the device is waited for, whose step may be waiting for a rank that has stopped
+        self.ranks.meet()
         found = self.step.trouble()
         if found is not None:
             raise StaminaError(
@@ -217,7 +279,7 @@ class Trainer:
             )
 
     def finish(self, run: Run, task: int, curve: list[dict], seconds: float) -> None:
-        """Fold the factors and the token, if all of them are finite, and store the task."""
+        """Fold the factors and the token, if all of them are finite, and store the task, if all ranks have the same bits."""
         concept, adapters = self.concepts[task], self.adapters
         wrong = [name for flat in self.step.optimizer.flats for name in flat.non_finite()]
         if wrong:
@@ -225,9 +287,19 @@ class Trainer:
         adapters.noise = None
         density = float(adapters.density())
         embeddings = adapters.fold_(concept.name)
+        if self.ranks.count > 1:
+            weights = {f"stacks.{i}.weight": stack.weight for i, stack in enumerate(adapters.stacks)}
+            bits = digest((weights | adapters.tasks[concept.name] | embeddings).items())
+            self.ranks.agree(bits, f"folded other bits for {concept.name}, which is not stored: train again with --resume")
+        if self.ranks.rank == 0:
+            self.commit(run, concept, curve, seconds, density, embeddings)
+        self.ranks.meet()
+
+    def commit(self, run: Run, concept: Concept, curve: list[dict], seconds: float, density: float, embeddings: dict) -> None:
+        """Store a folded task."""
         info = {"name": concept.name, "token": concept.token, "prompt": concept.prompt, "seconds": seconds, "density": density,
                 "steps": self.options.steps, "pictures": len(concept.images)}
-        run.commit_task(concept.name, adapters.tasks[concept.name], embeddings, curve, info, folded_by=self.folded_by())
+        run.commit_task(concept.name, self.adapters.tasks[concept.name], embeddings, curve, info, folded_by=self.folded_by())
 
     def folded_by(self) -> dict[str, str]:
         """Whose bits the folded weights are."""

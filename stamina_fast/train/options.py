@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 
 from ..errors import InputError
 
+# "sdpa": torch chooses; then its kernels by name, and a library of its own
+ATTENTION = ("sdpa", "math", "flash", "efficient", "cudnn", "xformers")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -14,19 +16,26 @@ SCHEDULES = ("constant", "linear", "cosine")
 class TrainOptions:
     """Everything about training that is not the method itself (that is `StaminaConfig`).
 
-    steps, batch            optimizer steps of a concept, and pictures in a step
+    steps, batch            optimizer steps of a concept, and pictures in a step, of each process where there are several
     learning_rate           of the low-rank factors and the masks; AdamW
     token_learning_rate     of the MLP that makes the concept's token
+    scale_lr                both rates are for 4 pictures a step, and grow with them: times batch, times processes, over 4
     lr_schedule, warmup     "constant", "linear" or "cosine" fall to zero over a concept, after `warmup` steps of linear rise
     betas, weight_decay     of AdamW; the decay pulls the residual to zero, so it is off by default
     gradient_clip           largest L2 norm of the whole gradient; None: no clipping
     min_snr                 gamma of min-SNR weighting (5 is usual); None: every timestep counts the same
     resolution              side of the square crops in pixels; None: the model's own
+    prior_weight            of the class pictures in the loss (prior preservation): as many of them in a step as of the concept;
+                            0: none, and they need not be there
     crops, crop_scale       variants of each picture that are encoded once; the least side of one as a share of the picture's
     flip                    half of the variants are mirrored
     seed                    of everything random, with the task and the step
     accumulate              parts in which the batch goes through the model, one after another: less memory, more time
     gradient_checkpointing  the U-Net recomputes its activations: less memory, more time
+    channels_last           the U-Net's convolutions in channels-last order: faster on GPUs with tensor cores
+    compile                 torch.compile of the U-Net's repeating blocks: a minute once, for faster steps
+    attention               "sdpa": torch chooses; one of its kernels, "math", "flash", "efficient" or "cudnn"; or "xformers"
+    cache_latents           folder that keeps encoded pictures for another run; None: they are encoded again
     read_every              steps between two looks of the host at losses and non-finite values (each waits for the device)
     save_every              steps between two checkpoints, from which --resume goes on within a concept; 0: none
     capture                 the step as one CUDA graph, with the same results; None: wherever there is a GPU
@@ -36,6 +45,7 @@ class TrainOptions:
     batch: int = 4
     learning_rate: float = 1e-3
     token_learning_rate: float = 5e-3
+    scale_lr: bool = False
     lr_schedule: str = "constant"
     warmup: int = 0
     betas: tuple[float, float] = (0.9, 0.99)
@@ -43,12 +53,17 @@ class TrainOptions:
     gradient_clip: float | None = 1.0
     min_snr: float | None = None
     resolution: int | None = None
+    prior_weight: float = 0.0
     crops: int = 8
     crop_scale: float = 0.75
     flip: bool = True
     seed: int = 0
     accumulate: int = 1
     gradient_checkpointing: bool = False
+    channels_last: bool = False
+    compile: bool = False
+    attention: str = "sdpa"
+    cache_latents: str | None = None
     read_every: int = 20
     save_every: int = 0
     capture: bool | None = None
@@ -59,15 +74,24 @@ class TrainOptions:
             self._whole(name, 1)
         for name in ("warmup", "seed", "save_every"):
             self._whole(name, 0)
-        for name in ("learning_rate", "token_learning_rate", "weight_decay"):
+        for name in ("learning_rate", "token_learning_rate", "weight_decay", "prior_weight"):
             self._number(name, 0.0)
         for name in ("gradient_clip", "min_snr"):
             if getattr(self, name) is not None:
                 self._number(name, 0.0, strictly=True)
+        if not isinstance(self.scale_lr, bool):
+            raise InputError(f"scale_lr must be true or false, got {self.scale_lr!r}; it multiplies the learning rates")
         if self.batch % self.accumulate:
             raise InputError(f"accumulate must divide batch, got {self.accumulate} for {self.batch}; pass a divisor")
         if self.capture is not None and not isinstance(self.capture, bool):
             raise InputError(f"capture must be true, false or None, got {self.capture!r}; None: wherever there is a GPU")
+        for name in ("flip", "gradient_checkpointing", "channels_last", "compile"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.attention not in ATTENTION:
+            raise InputError(f"attention must be one of {', '.join(ATTENTION)}, got {self.attention!r}; sdpa is the default")
+        if self.cache_latents is not None:
+            object.__setattr__(self, "cache_latents", str(self.cache_latents))
         if self.resolution is not None:
             self._whole("resolution", 8)
         if self.seed >= 2**63:
@@ -98,6 +122,10 @@ class TrainOptions:
             return (step + 1) / (self.warmup + 1)
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
+
+    def scale(self, processes: int) -> float:
+        """The factor on both learning rates for the pictures of a step; 1 unless `scale_lr`."""
+        return self.batch * processes / TrainOptions.batch if self.scale_lr else 1.0
 
     def as_dict(self) -> dict:
         """Plain values for YAML and JSON."""

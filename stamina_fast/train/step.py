@@ -15,6 +15,7 @@ from .backbone import Backbone
 from .diffusion import Diffusion
 from .flat import Optimizer
 from .latents import LatentBank
+from .ranks import Ranks
 
 LOSSES = ("loss", "denoising", "sparsity", "forgetting", "gradient")
 # how what the parts of a batch return becomes one: the largest values, then the loss and its terms
@@ -62,23 +63,44 @@ class Buffers:
 
 
 class Feed:
-    """Fills the buffers for any step of a task, as a function of (seed, task, step) alone."""
+    """Fills the buffers for any step of a task, as a function of (seed, task, step) alone.
 
-    def __init__(self, buffers: Buffers, bank: LatentBank, ids: list[Tensor], size: int, timesteps: int, seed: int):
+    The batches of all `ranks`, one behind the other, are the batch that one process of that size would draw. Where `prior`
+    of the bank's last variants are class pictures, every second row is one of them.
+    """
+
+    def __init__(self, buffers: Buffers, bank: LatentBank, ids: list[Tensor], size: int, timesteps: int, seed: int,
+                 ranks: Ranks | None = None, prior: int = 0):
+        self.prior = prior
+        self.whole, self.rows = (ranks or Ranks()).rows(len(buffers.t))
         self.buffers, self.bank, self.ids = buffers, bank, [part.to(bank.mean.device)[bank.picture] for part in ids]
         self.timesteps, self.seed = timesteps, seed
         self.draw = torch.Generator(device=bank.mean.device)
         self.frames = torch.cat([bank.frames, torch.full_like(bank.frames[:, :2], size)], 1)
 
+    @staticmethod
+    def share(batch: int, parts: int, prior_weight: float, device: torch.device) -> Tensor | None:
+        """What each row of a part counts in the mean over its rows, [rows] fp32, where each part is one of `parts` and with
+        `prior_weight` every second row is a class picture; None where all count 1.
+        """
+        if not prior_weight:
+            return torch.full((batch // parts,), 1 / parts, device=device) if parts > 1 else None
+        return torch.tensor([2 / parts, 2 * prior_weight / parts], device=device).repeat(batch // parts)
+
     def fill_(self, step: int) -> None:
         """Random variants with their prompts, posterior samples, noise, and one timestep in each b-th part of the schedule."""
         to, draw = self.buffers, self.draw.manual_seed(derive_seed(self.seed, "batch", step))
-        b, device = len(to.t), to.t.device
-        index = torch.randint(len(self.bank), (b,), generator=draw, device=device)
-        to.latents.copy_(self.bank.draw(index, torch.randn(to.latents.shape, generator=draw, device=device)))
-        to.noise.normal_(generator=draw)
+        b, rows, device = self.whole, self.rows, to.t.device
+        shape = (b, *to.latents.shape[1:])
+        learned = len(self.bank) - self.prior
+        index = torch.randint(learned, (b,), generator=draw, device=device)
+        if self.prior:
+            index[1::2] = learned + torch.randint(self.prior, (b // 2,), generator=draw, device=device)
+        index = index[rows]
+        to.latents.copy_(self.bank.draw(index, torch.randn(shape, generator=draw, device=device)[rows]))
+        to.noise.copy_(torch.randn(shape, generator=draw, device=device)[rows])
         share = (torch.arange(b, device=device) + torch.rand(b, generator=draw, device=device)) / b
-        to.t.copy_((share * self.timesteps).long().clamp(max=self.timesteps - 1))
+        to.t.copy_((share[rows] * self.timesteps).long().clamp(max=self.timesteps - 1))
         to.frames.copy_(self.frames[index])
         for buffer, ids in zip(to.ids, self.ids, strict=True):
             buffer.copy_(ids[index])
@@ -89,7 +111,8 @@ class Step:
 
     The batch goes through the model in `accumulate` equal parts, whose gradients are summed: the mask, and so the noise of its
     gate, is one for all of them, and the penalties are counted once. `share` [batch / accumulate] fp32, or None for ones, is
-    what a picture of a part counts in the denoising loss.
+    what a picture of a part counts in the denoising loss. Gradients and losses are the means over `ranks`, so that what
+    follows, clipping first, is the same on all of them.
 
     `losses` [steps, 5] fp32 takes a row a step (see LOSSES). `bad_step` is the first step that met a NaN or an infinity, or
     -1, and `bad` says where: both stay on the device until `trouble()` is asked.
@@ -97,7 +120,8 @@ class Step:
 
     def __init__(self, backbone: Backbone, adapters, diffusion: Diffusion, optimizer: Optimizer, buffers: Buffers,
                  steps: int, weights: tuple[float, float], clip: float | None, accumulate: int = 1,
-                 share: Tensor | None = None):
+                 share: Tensor | None = None, ranks: Ranks | None = None):
+        self.ranks = ranks or Ranks()
         self.backbone, self.adapters, self.diffusion, self.optimizer = backbone, adapters, diffusion, optimizer
         self.buffers, self.weights, self.clip = buffers, weights, clip
         self.parts, self.share = buffers.parts(accumulate), share
@@ -138,14 +162,16 @@ class Step:
         optimizer.zero_grads_()
         sizes = [optimizer.value_norms()]
         passes = [self._pass(part, first=i == 0) for i, part in enumerate(self.parts)]
-        norms = optimizer.norms()
-        norm = torch.linalg.vector_norm(norms)
         with torch.no_grad():
             parts = zip(*passes, strict=True)
-            largest, loss, *terms = (functools.reduce(join, part) for join, part in zip(JOINS, parts, strict=True))
+            largest, *terms = (functools.reduce(join, part) for join, part in zip(JOINS, parts, strict=True))
             terms = torch.stack(terms).float()
-            self._watch(torch.cat([*sizes, largest, terms, norms, norm[None]]))
-            self.losses.index_copy_(0, to.clock[None], torch.cat([loss[None], terms, norm[None]])[None])
+            # the mean of the largest values is finite where all of them are
+            self.ranks.average_([*(flat.grads for flat in optimizer.flats), terms, largest])
+            norms = optimizer.norms()
+            norm = torch.linalg.vector_norm(norms)
+            self._watch(torch.cat([*sizes, largest, terms[1:], norms, norm[None]]))
+            self.losses.index_copy_(0, to.clock[None], torch.cat([terms, norm[None]])[None])
             if self.clip is not None:
                 optimizer.scale_grads_((self.clip / (norm + 1e-12)).clamp(max=1))
             optimizer.step_()
