@@ -139,8 +139,8 @@ class Trainer:
     """One run on one device: the fixed buffers, the step over them, and what a task does before and after its steps."""
 
     def __init__(self, pipeline, adapters, concepts: Sequence[Concept], config: StaminaConfig, options: TrainOptions,
-                 ranks: Ranks):
-        self.ranks = ranks
+                 ranks: Ranks | None = None):
+        self.ranks = ranks or Ranks()
         self.pipeline, self.adapters, self.concepts = pipeline, adapters, concepts
         self.config, self.options, self.step, self.captured, self.vae = config, options, None, None, None
         self.device = pipeline.unet.device
