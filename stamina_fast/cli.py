@@ -86,7 +86,16 @@ def demo(
     run_demo(output, quick)
 
 
-@app.command()
+SEVERAL = "\n\n".join((
+    "Several GPUs, each with --batch pictures of its own in a step; a run is resumed with as many as it was started with:",
+    "torchrun --nproc_per_node 2 -m stamina_fast.cli train …",
+    "accelerate launch --multi_gpu --num_processes 2 -m stamina_fast.cli train …",
+    "A run of its own on each GPU, as for a comparison of seeds:",
+    "for g in 0 1; do CUDA_VISIBLE_DEVICES=$g stamina-fast train … --seed $g --output runs/$g & done; wait",
+))
+
+
+@app.command(epilog=SEVERAL)
 def train(
     model: Annotated[str, typer.Option(help="A diffusers folder, the id of a model in the local hub cache, or tiny.")],
     concepts: Annotated[Path, typer.Option(help="concepts_list.json, or a folder with one folder of pictures a concept.")],
@@ -96,18 +105,35 @@ def train(
     rank: Annotated[int | None, typer.Option(min=1, help="Of the residual A B; default: the method's own.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the factors and masks.")] = None,
+    scale_lr: Annotated[bool, typer.Option("--scale-lr", help="Learning rates times batch, times processes, over 4.")] = False,
     seed: Seed = 0,
     device: Device = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last concept that RUN has finished.")] = False,
+    accumulate: Annotated[int, typer.Option(min=1, help="Parts of a batch, one after another: less memory.")] = 1,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
+    prior_weight: Annotated[float, typer.Option(min=0, help="Of class pictures (class_data_dir); 0: none.")] = 0.0,
+    channels_last: Annotated[bool, typer.Option("--channels-last", help="Convolutions in channels-last order.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="torch.compile of the U-Net's repeating blocks.")] = False,
+    attention: Annotated[str, typer.Option(help="sdpa, math, flash, efficient, cudnn or xformers.")] = "sdpa",
+    cache_latents: Annotated[Path | None, typer.Option(help="Folder that keeps encoded pictures for other runs.")] = None,
+    capture: Annotated[bool | None, typer.Option(help="The step as one CUDA graph. Default: where there is a GPU.")] = None,
+    save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints within a concept; 0: none.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last concept, or checkpoint, of RUN.")] = False,
 ) -> None:
     """Learn every concept in turn, and fold each into the weights before the next."""
     from .train import train as run
+    from .train.ranks import rank_here
 
     quiet()
-    options = {"rank": rank, "batch": batch, "learning_rate": learning_rate, "device": device}
+    options = {"rank": rank, "batch": batch, "learning_rate": learning_rate, "device": device, "cache_latents": cache_latents,
+               "capture": capture}
     given = {name: value for name, value in options.items() if value is not None}
-    run(model, concepts, output, method=method, steps=steps, seed=seed, resume=resume, **given)
-    typer.echo(f"{output / 'model'} is a plain diffusers pipeline; stamina-fast evaluate {output} measures what it learned")
+    run(
+        model, concepts, output, method=method, steps=steps, seed=seed, resume=resume, accumulate=accumulate, compile=compile,
+        gradient_checkpointing=gradient_checkpointing, prior_weight=prior_weight, channels_last=channels_last,
+        attention=attention, save_every=save_every, scale_lr=scale_lr, **given,
+    )
+    if rank_here() == 0:
+        typer.echo(f"{output / 'model'} is a plain diffusers pipeline; stamina-fast evaluate {output} measures what it learned")
 
 
 @app.command()

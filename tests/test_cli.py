@@ -2,6 +2,7 @@
 
 import ast
 import errno
+import importlib
 import json
 import os
 import struct
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 from stamina_fast import cli
 from stamina_fast.cli import app
+from stamina_fast.train import TrainOptions
 
 COMMANDS = ("demo", "train", "sample", "evaluate", "export", "bench", "doctor")
 SMALL = ("--steps", "2", "--rank", "2", "--batch", "1", "--device", "cpu")
@@ -57,6 +59,26 @@ def run(model, photos, tmp_path_factory):
     result = call("train", "--model", model, "--concepts", photos, "--output", output, *SMALL)
     assert result.exit_code == 0, result.output + repr(result.exception)
     return output
+
+
+def test_the_trainer_gets_every_option(model, photos, tmp_path, monkeypatch):
+    """What the command line says, by the trainer's own names; what it leaves out is left to the trainer."""
+    heard, trainer = {}, importlib.import_module("stamina_fast.train")
+    monkeypatch.setattr(trainer, "train", lambda *places, **options: heard.update(options))
+    given = {"accumulate": 2, "prior_weight": 0.5, "attention": "math", "cache_latents": tmp_path / "kept", "save_every": 7}
+    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
+    switches = ("gradient_checkpointing", "channels_last", "compile")
+    more = [f"--{name.replace('_', '-')}" for name in switches]
+    places = ("train", "--model", model, "--concepts", photos, "--output", tmp_path / "run")
+    assert call(*places, *flags, *more, "--no-capture").exit_code == 0
+    assert {name: heard[name] for name in given} == given
+    assert all(heard[name] is True for name in switches)
+    assert heard["capture"] is False
+    heard.clear()
+    assert call(*places).exit_code == 0
+    defaults = TrainOptions().as_dict()
+    assert all(defaults[name] == value for name, value in heard.items() if name in defaults)
+    assert "capture" not in heard
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda names: " ".join(names) or "all")

@@ -27,6 +27,7 @@ class Concept:
     token         the new word, such as '<cat>'
     class_prompt  what the thing is an example of, such as 'a photo of a cat'
     captions      a text for each picture, each with the token
+    class_images  pictures of other things of the class, which `class_prompt` describes
     """
 
     name: str
@@ -35,12 +36,14 @@ class Concept:
     token: str
     class_prompt: str | None = None
     captions: tuple[str, ...] | None = None
+    class_images: tuple[Path, ...] = ()
 
     def __post_init__(self):
         if not self.token or any(letter.isspace() for letter in self.token):
             raise InputError(f"the token of {self.name!r} must be one word, got {self.token!r}; write it as '<cat>'")
         check_name(self.name)
-        object.__setattr__(self, "images", tuple(Path(image) for image in self.images))
+        for pictures in ("images", "class_images"):
+            object.__setattr__(self, pictures, tuple(Path(image) for image in getattr(self, pictures)))
         if self.captions is not None:
             object.__setattr__(self, "captions", tuple(self.captions))
         if not self.images:
@@ -48,6 +51,8 @@ class Concept:
         if self.captions is not None and len(self.captions) != len(self.images):
             raise InputError(f"the concept {self.name!r} has {len(self.captions)} captions for {len(self.images)} pictures; "
                              "give one each")
+        if self.class_images and not self.class_prompt:
+            raise InputError(f"the concept {self.name!r} has class pictures without a class prompt, as 'a photo of a cat'")
         for text in (self.prompt, *(self.captions or ())):
             if self.token not in text:
                 raise InputError(f"the prompt {text!r} of {self.name!r} has no token {self.token!r}; write it into the prompt")
@@ -63,8 +68,9 @@ def load_concepts(source: Path) -> list[Concept]:
 
     A folder holds one folder of pictures a concept (by name), or the pictures of a single concept; the prompt is then
     'a photo of <name>'. concepts_list.json is a list of objects with "instance_data_dir" and "instance_prompt", whose token
-    stands in angle brackets or is given as "token"; "class_prompt", "class_data_dir" and "name" are optional, and relative
-    folders start at the file. Captions are FILE.txt beside FILE.jpg, or "text" beside "file_name" in metadata.jsonl.
+    stands in angle brackets or is given as "token"; "class_prompt", "class_data_dir" (pictures for prior preservation) and
+    "name" are optional, and relative folders start at the file. Captions are FILE.txt beside FILE.jpg, or "text" beside
+    "file_name" in metadata.jsonl.
     Raises InputError or FileError that name the file, the folder or the entry.
     """
     source = Path(source)
@@ -74,7 +80,7 @@ def load_concepts(source: Path) -> list[Concept]:
     check_distinct("concept's name", [c.name for c in concepts])
     check_distinct("concept's token", [c.token for c in concepts])
     for concept in concepts:
-        for image in concept.images:
+        for image in (*concept.images, *concept.class_images):
             open_image(image, draft=64)
     return concepts
 
@@ -113,16 +119,20 @@ def _from_entry(entry: dict[str, Any], where: str, root: Path) -> Concept:
         raise InputError(f"{where}: instance_prompt {prompt!r} must hold one new word, found {len(found)}; write it in angle "
                          "brackets, as in 'a photo of <cat>', or give it as \"token\"")
     name = entry.get("name", found[0].strip("<>*"))
-    return _concept(root / entry["instance_data_dir"], name, found[0], prompt, entry.get("class_prompt"))
+    # a folder that other trainers would fill before they begin
+    others = root / entry["class_data_dir"] if "class_data_dir" in entry else None
+    of_class = tuple(list_images(others)) if others is not None and others.is_dir() and "class_prompt" in entry else ()
+    return _concept(root / entry["instance_data_dir"], name, found[0], prompt, entry.get("class_prompt"), of_class)
 
 
-def _concept(folder: Path, name: str, token: str, prompt: str, class_prompt: str | None = None) -> Concept:
+def _concept(folder: Path, name: str, token: str, prompt: str, class_prompt: str | None = None,
+             class_images: tuple[Path, ...] = ()) -> Concept:
     images = list_images(folder)
     if not images:
         raise InputError(f"the folder {str(folder)!r} of {name!r} holds no pictures ({', '.join(SUFFIXES)}); put some into it")
     written = _captions(folder, images)
     captions = tuple(written.get(image, prompt) for image in images) if written else None
-    return Concept(name, tuple(images), prompt, token, class_prompt, captions)
+    return Concept(name, tuple(images), prompt, token, class_prompt, captions, class_images)
 
 
 def _text(data: bytes, where: str) -> str:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
 
@@ -131,24 +129,6 @@ def frozen(pipeline):
             p.requires_grad_(flag)
         for module, mode in modes:
             module.train(mode)
-
-
-@contextlib.contextmanager
-def checkpointing(unet, wanted: bool):
-    """Recompute the U-Net's activations in the backward pass. diffusers asks for train mode, so dropout must be none."""
-    if not wanted:
-        yield
-        return
-    if (dropout := unet.config.get("dropout", 0.0)) > 0:
-        raise InputError(f"gradient_checkpointing needs a U-Net without dropout, got {dropout:g}; train without it")
-    # nothing is drawn: no state of a generator is kept, which a captured step could not read
-    unet.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
-    unet.train()
-    try:
-        yield
-    finally:
-        unet.disable_gradient_checkpointing()
-        unet.eval()
 
 
 class Backbone:

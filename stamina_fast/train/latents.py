@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
+import platform
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import FileError
+from ..io.files import make_folder, read_tensors, sha256, write_tensors
 from ..seeds import derive_seed
+from .ranks import digest
+
+TENSORS = ("mean", "deviation", "picture", "frames")
 
 
 @dataclass(frozen=True)
@@ -32,6 +41,12 @@ class LatentBank:
 
     def __len__(self) -> int:
         return len(self.mean)
+
+    def __add__(self, other: LatentBank) -> LatentBank:
+        """The variants of both, those of `other` behind; its pictures are counted on from this one's."""
+        after = dataclasses.replace(other, picture=other.picture + int(self.picture.max()) + 1)
+        joined = {name: torch.cat([getattr(self, name), getattr(after, name)]) for name in TENSORS}
+        return dataclasses.replace(self, **joined)
 
     def draw(self, index: Tensor, noise: Tensor) -> Tensor:
         """Latents [batch, c, h, w] of the variants `index` [batch] int64, z = mean + deviation * noise, scaled."""
@@ -95,3 +110,32 @@ def encode(vae, squares: Tensor, picture: Tensor, frames: Tensor, batch: int) ->
         mean=torch.cat([p.mean for p in posteriors]), deviation=torch.cat([p.std for p in posteriors]),
         picture=picture.to(device), frames=frames.to(device), scale=vae.config.scaling_factor, shift=shift or 0.0,
     )
+
+
+def cached(folder: Path, key: tuple, vae, make: Callable[[], LatentBank], write: bool = True) -> LatentBank:
+    """The bank that `make` encodes, or the one that it left in `folder` before, with the same bits.
+
+    key    plain values that tell apart what is encoded: hashes of pictures and VAE, and how the pictures are cut
+    write  whether a new bank is stored
+
+    Raises FileError for a file that is damaged.
+    """
+    device = next(vae.parameters()).device
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    # another library or machine may round elsewhere
+    name = sha256(repr((key, torch.__version__, device.type, machine)).encode())
+    path = Path(folder) / f"{name}.safetensors"
+    if path.is_file():
+        tensors = read_tensors(path)
+        stored = bytes(tensors.pop("sha256", torch.zeros(0, dtype=torch.uint8)).tolist()).hex()
+        if set(tensors) != set(TENSORS) or digest(sorted(tensors.items())) != stored:
+            raise FileError(f"{str(path)!r} is damaged: its latents are not those that were stored; remove it")
+        shift = vae.config.get("shift_factor", None) or 0.0
+        return LatentBank(**{n: t.to(device) for n, t in tensors.items()}, scale=vae.config.scaling_factor, shift=shift)
+    bank = make()
+    if write:
+        tensors = {name: getattr(bank, name).cpu() for name in TENSORS}
+        stored = torch.tensor(list(bytes.fromhex(digest(sorted(tensors.items())))), dtype=torch.uint8)
+        make_folder(path.parent)
+        write_tensors(path, tensors | {"sha256": stored})
+    return bank

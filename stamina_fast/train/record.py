@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from ..errors import InputError
 
 # where the model and the pictures lie may change while a run waits to go on, and what changes no result; what they hold may not
-FREE = ("model", "folder", "save_every", "capture")
+FREE = ("model", "folder", "save_every", "capture", "cache_latents")
 SAMPLES = 64
 
 
@@ -32,7 +32,7 @@ def fingerprint(pipeline) -> str:
     return digest.hexdigest()
 
 
-def digest_of(images: list[torch.Tensor]) -> str:
+def digest_of(images: Iterable[torch.Tensor]) -> str:
     """SHA-256 of the pixels of a concept's pictures, in order."""
     digest = hashlib.sha256()
     for image in images:
