@@ -210,7 +210,7 @@ def _from_environment(patience: timedelta) -> Ranks:
     owns = not dist.is_initialized()
     try:
         if owns:
-            dist.init_process_group("gloo", timeout=min(GREETING, patience))
+            dist.init_process_group("gloo", timeout=GREETING)
         return Ranks(rank, count, local, patience, owns)
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
