@@ -1,8 +1,8 @@
 """What a CUDA graph does to a step, on a CPU: the calls of one recorded step run again on its storages, without its Python.
 
-Recording leaves no trace, as on a GPU, where it runs nothing: what it writes is put back. A host read cannot be recorded. A
-replay refuses to touch memory that was the recorded step's own input and has since been given up, moved or replaced: on a GPU
-it would read whatever lies there now.
+Recording leaves no trace, as on a GPU, where it runs nothing: what it writes is put back. What reads the device, or copies from
+the host, cannot be recorded. A replay refuses to touch memory that was the recorded step's own input and has since been given
+up, moved or replaced: on a GPU it would read whatever lies there now.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero")
+# a tensor of Python's numbers, made on the host and copied from there
+COPIES = ("lift_fresh", "lift_fresh_copy")
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -45,6 +47,8 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if function.overloadpacket.__name__ in READS:
             raise RuntimeError(f"{function} cannot be recorded: it reads the device")
+        if function.overloadpacket.__name__ in COPIES:
+            raise RuntimeError(f"{function} cannot be recorded: it copies from the host")
         inputs, writes = [t for t in tensors_in((args, kwargs)) if t.numel()], function._schema.is_mutable
         for tensor in inputs:
             self._meet(tensor, writes)

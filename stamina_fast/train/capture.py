@@ -33,9 +33,13 @@ class CudaRecorder:
     def record(self, step: Step) -> None:
         """Write the launches of a step down; nothing runs. An older graph, and its memory, is given up first."""
         self.graph = None
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self.stream):
-            step()
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
+        try:
+            with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self.stream):
+                step()
+        finally:
+            # a recording that fails leaves its own stream in force
+            torch.cuda.set_stream(here)
         self.graph = graph
 
     def replay(self) -> None:

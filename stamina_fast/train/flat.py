@@ -63,6 +63,8 @@ class Optimizer:
         # on a GPU torch wants to be told that the step may be captured; the arithmetic is the same
         capturable = device.type == "cuda"
         self.adamw = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=True, capturable=capturable)
+        # and else warns at the first step that is not, such as those before a capture
+        self.adamw._warned_capturable_if_run_uncaptured = True
         self.names = [name for flat in self.flats for name in flat.names]
         self.grads = [grad for flat in self.flats for grad in flat.grad_views]
         self.values = [view for flat in self.flats for view in flat.views]
