@@ -87,11 +87,11 @@ MEMORY = {
     "y is written past its last token": ("forward.h", "t < smaller(tokens, f.tokens - t0)", "t < tokens"),
     "a span's end is read as a whole vector": ("spans.h", "matrix.column == 1 && span.count == span.lanes) return from",
                                                "matrix.column == 1) return from"),
-    "the fold writes past its columns": ("fold.h", "c + WHOLE <= span.lanes", "c < span.lanes"),
+    "the fold writes past its columns": ("fold.h", "return matrix.column == 1 && span.count == span.lanes; }",
+                                         "return matrix.column == 1; }"),
     "x is read past its tokens": ("pack.h", "t0 + t < tokens && c < problem_.k", "c < problem_.k"),
     "a factor is read past its columns": ("pack.h", "c < problem_.k ? core::widen(row[c]) : T(0)", "core::widen(row[c])"),
-    "scratch is too small by a row": ("backward.h", "grad(scratch.take<T>(BACKWARD_ROWS * f.tokens))",
-                                      "grad(scratch.take<T>(BACKWARD_ROWS * (f.tokens - 1)))"),
+    "scratch has no room for a row of W": ("backward.h", "row(scratch.take<Store>(SPAN)) {}", "row(scratch.take<Store>(0)) {}"),
 }
 # under the sanitizer of threads
 THREADS = {
