@@ -43,6 +43,7 @@ class LowRank {
     const uint32_t a[4] = {l.x, l.y, l.z, l.w};
     cuda::product<T>(d[0], a, r.x, r.y);
     cuda::product<T>(d[1], a, r.z, r.w);
+#pragma unroll 1
     for (int step = 1; step < (FEW ? 1 : steps_); ++step) {
       const uint4 left = load16(left_ + step * WARP), more = load16(right + step * RIGHT_STEP);
       const uint32_t b[4] = {left.x, left.y, left.z, left.w};
