@@ -108,6 +108,7 @@ def stages(output: Path) -> list[Stage]:
         build(240), Stage("imports", (python, "-c", imports), 90),
         tests("tests", 400, "tests/gpu"), bench("sd15", 180),
         step("sd15-b1", 150), step("sd15-b4", 150, "--batch", "4"), step("sdxl-b1", 210, "--model", "sdxl"),
+        step("sd15-b1-compiled", 240, "--arm", "ours", "--arm", "frozen", "--channels-last", "--compile"),
         step("sd15-memory", 120, "--arm", "ours", "--checkpointing"), sanitizer(None, 150),
         *(sanitizer(tool, 90) for tool in SANITIZERS),
         tests("kernel-tests", 240, *kernels), bench("sdxl", 210), bench("compiled", 240), bench("ranks", 150),

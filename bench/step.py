@@ -37,16 +37,17 @@ ARMS = ("custom-diffusion", "lora", "reference", "ours", "frozen")
 HEADINGS = ("arm", "ms a step", "quartiles", "× frozen", "images/s", "launches", "peak GB", "s a concept")
 
 
-def parse(model: str, pixels: int | None, batch: int, dtype: str, device: str | None, checkpointing: bool, steps: int) -> Case:
+def parse(
+    model: str, pixels: int | None, batch: int, dtype: str, device: str, checkpointing: bool, steps: int, choices: dict,
+) -> Case:
     for kind, value, known in (("model", model, MODELS), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise InputError(f"{kind} must be one of {', '.join(known)}, got {value!r}")
     if dtype == "float16":
         raise InputError("dtype must be float32 or bfloat16, got float16, whose gradients underflow; pass bfloat16")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # a picture of full size takes a CPU minutes
     pixels = pixels or (MODELS[model].pixels if device.startswith("cuda") else 64)
-    return Case(model, MODELS[model], pixels, batch, DTYPES[dtype], device, steps, checkpointing)
+    return Case(model, MODELS[model], pixels, batch, DTYPES[dtype], device, steps, checkpointing, choices)
 
 
 def backends_of(case: Case, asked: list[str] | None) -> list[str]:
@@ -157,7 +158,7 @@ def ratios(times: dict[str, list[float]], ours: str | None) -> dict[str, dict]:
 def run(
     model: str = "sd15", pixels: int | None = None, batch: int = 1, dtype: str | None = None, device: str | None = None,
     arms: list[str] | None = None, backends: list[str] | None = None, rounds: int = 9, seconds: float = 60.0, steps: int = 500,
-    checkpointing: bool = False, diffusers_examples: Path | None = None, output: Path | None = None,
+    checkpointing: bool = False, diffusers_examples: Path | None = None, output: Path | None = None, **choices,
 ) -> dict:
     """Check, time, print and return one case; `output` also writes it as JSON, with pictures beside it.
 
@@ -167,12 +168,13 @@ def run(
     rounds        of which all arms take turns, as many as fit into about `seconds`
     steps         of a concept, for the seconds that one takes
     checkpointing recomputes the U-Net's activations in every arm, and lists what else lessens memory
+    choices       options of our trainer for our step and the frozen one: channels_last, compile, attention
 
     Raises InputError for what is not known, and for examples that cannot be run.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
-    case = parse(model, pixels, batch, dtype, device, checkpointing, steps)
+    case = parse(model, pixels, batch, dtype, device, checkpointing, steps, choices)
     unknown = sorted(set(arms or ()) - set(ARMS))
     if unknown:
         raise InputError(f"arm must be one of {', '.join(ARMS)}, got {unknown[0]!r}")
@@ -181,7 +183,7 @@ def run(
     facts = {
         **machine.describe(case.device), **{name: machine.version(name) for name in libraries},
         "model": model, "configuration": case.model.source, "pixels": case.pixels, "batch": batch, "dtype": dtype,
-        "steps": steps, "checkpointing": checkpointing, "parameters": counted(base),
+        "steps": steps, "checkpointing": checkpointing, "choices": choices, "parameters": counted(base),
     }
     taught, ran_by = lesson(case, base), backends_of(case, backends)
     result = {"machine": facts, **measured(case, base, taught, list(arms or ARMS), ran_by, rounds, seconds)}
@@ -262,6 +264,9 @@ def main() -> None:
     parser.add_argument("--arm", action="append", dest="arms", choices=ARMS)
     parser.add_argument("--backend", action="append", dest="backends")
     parser.add_argument("--checkpointing", action="store_true", help="in every arm; also lists what lessens memory")
+    for flag, what in (("channels-last", "the U-Net's convolutions so"), ("compile", "torch.compile of the U-Net's blocks")):
+        parser.add_argument(f"--{flag}", action="store_true", default=argparse.SUPPRESS, help=f"{what}, in ours and frozen")
+    parser.add_argument("--attention", default=argparse.SUPPRESS, help="kernels of attention, in ours and frozen")
     parser.add_argument("--diffusers-examples", type=Path, help="diffusers' examples folder, to run its scripts themselves")
     parser.add_argument("--output", type=Path, help="a JSON file; pictures are put beside it")
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,8 +24,9 @@ from stamina_fast.tokens import TokenBank
 from stamina_fast.train import TrainOptions
 from stamina_fast.train.capture import Captured, recorder
 from stamina_fast.train.latents import LatentBank, encode, variants
-from stamina_fast.train.loop import Trainer, checkpointing, settings
+from stamina_fast.train.loop import Trainer, settings
 from stamina_fast.train.step import Feed
+from stamina_fast.train.unet import prepared, stepping
 
 from .step_models import Model
 from .step_phases import (
@@ -46,7 +47,7 @@ TOKEN, WORD, SEED, PICTURES = "<new1>", "sks", 0, 4
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: `pixels` the side of a picture, `steps` of a concept."""
+    """What is trained: `pixels` the side of a picture, `steps` of a concept, `choices` more of our trainer's options."""
 
     name: str
     model: Model
@@ -56,11 +57,12 @@ class Case:
     device: str = "cpu"
     steps: int = 500
     checkpointing: bool = False
+    choices: dict[str, bool | str] = field(default_factory=dict)
 
     @property
     def options(self) -> TrainOptions:
         return TrainOptions(batch=self.batch, resolution=self.pixels, steps=self.steps, seed=SEED,
-                            gradient_checkpointing=self.checkpointing)
+                            gradient_checkpointing=self.checkpointing, **self.choices)
 
 
 class Recorded(LatentBank):
@@ -149,8 +151,8 @@ class Arm:
         return [(module, "forward", self.phases.projection(module.forward)) for module in projections_of(self.pipeline.unet)]
 
     def once(self) -> dict[str, float]:
-        """{phase: seconds} of one step."""
-        with self.eager(), replaced(self.wraps()), self.phases.record() as spent:
+        """{phase: seconds} of one step, without what torch.compile made of it."""
+        with self.eager(), torch.compiler.set_stance("force_eager"), replaced(self.wraps()), self.phases.record() as spent:
             self()
         return dict(spent)
 
@@ -180,10 +182,11 @@ class Ours(Arm):
         self.name, self.backend, self.wanted = name, backend, captured
         self.note = "latents cached; token trained by an MLP; " + (
             "plain frozen projections" if backend is None else f"masked K/V by the {backend} backend"
-        ) + ("; one CUDA graph" if captured else "")
+        ) + ("; one CUDA graph" if captured else "") + "".join(f"; {name}: {value}" for name, value in case.choices.items())
 
     def start(self) -> None:
         config, options = settings("stamina", StaminaConfig(), self.case.options, {})
+        self.open.enter_context(prepared(self.pipeline.unet, options))
         adapters = Plain(self.pipeline, config) if self.backend is None else sf.attach(self.pipeline, config)
         self.open.callback(adapters.detach)
         self.trainer = trainer = Trainer(self.pipeline, adapters, [self.lesson.concept], config, options)
@@ -194,7 +197,7 @@ class Ours(Arm):
         self.train = trainer.prepare(bank.mean.shape[1:], [part.shape[1] for part in ids])
         self.captured = Captured(self.train, recorder(self.wanted, trainer.device), tasks=1)
         self.feed = Feed(self.train.buffers, bank, ids, self.case.pixels, trainer.diffusion.steps, derive_seed(SEED, "feed"))
-        self.open.enter_context(checkpointing(self.pipeline.unet, options.gradient_checkpointing))
+        self.open.enter_context(stepping(self.pipeline.unet, options))
         self.open.enter_context(self.captured.tables.held())
 
     @contextlib.contextmanager

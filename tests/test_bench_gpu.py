@@ -126,7 +126,7 @@ def test_tests_that_are_all_skipped_have_shown_nothing(tmp_path):
 
 def test_every_stage_runs_something_that_is_there():
     commands = {one.name: one.command for one in gpu.stages(Path("out"))}
-    assert {"step-sd15-b1", "step-sd15-b4", "step-sdxl-b1", "step-sd15-memory"} <= set(commands)
+    assert {"step-sd15-b1", "step-sd15-b4", "step-sdxl-b1", "step-sd15-b1-compiled", "step-sd15-memory"} <= set(commands)
     assert {"tests", "kernel-tests", "bench-sd15", "bench-sdxl", "bench-compiled", "sanitizer-memcheck"} <= set(commands)
     for command in commands.values():
         for part in command:

@@ -158,6 +158,21 @@ def test_a_captured_arm_is_the_same_step(name, monkeypatch):
         arm.close()
 
 
+@pytest.mark.parametrize("choices", [{"channels_last": True}, {"attention": "math"}], ids=["channels_last", "attention"])
+def test_options_of_the_trainer_reach_our_step(choices):
+    case, base, taught = make(choices=choices)
+    plain = dataclasses.replace(case, choices={})
+    arms = [arm_of("ours", one, base, taught) for one in (plain, case)]
+    losses = [step_measure.begin(arm)["losses"] for arm in arms]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    weight = arms[1].pipeline.unet.conv_in.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last) == ("channels_last" in choices)
+    assert base.unet.conv_in.weight.is_contiguous()
+    assert f"{next(iter(choices))}: " in arms[1].note
+    for arm in arms:
+        arm.close()
+
+
 def test_an_arm_that_cannot_be_captured_is_red(monkeypatch):
     case, base, taught = make()
 
