@@ -4,6 +4,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 CPU, NATIVE = ROOT / "csrc" / "cpu", ROOT / "tests" / "native"
 GXX = shutil.which("g++")
@@ -46,8 +48,6 @@ def passed(*command):
     """Run a program of tests/native, which counts what it found wrong."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=600)
     if done.returncode == 77:
-        import pytest
-
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == "0 failures\n"

@@ -91,8 +91,8 @@ void conversions(const char* widened, const char* narrowed) {
 
 // logits, draws, tau in double; open (0, 1, or 2 where either will do), slope, soft gate and its slope
 void gates() {
-  const auto logits = read<double>("logits"), u = read<double>("u"), slopes = read<double>("slopes"), soft = read<double>("soft");
-  const auto taus = read<double>("taus");
+  const auto logits = read<double>("logits"), u = read<double>("u"), taus = read<double>("taus");
+  const auto slopes = read<double>("slopes"), soft = read<double>("soft");
   const auto open = read<int32_t>("open");
   for (size_t i = 0; i < logits.size(); ++i) {
     const auto at = static_cast<int64_t>(i);
@@ -112,7 +112,8 @@ void gates() {
     }
   }
   const float none = NAN;
-  check(!(0.5f > odds_against(none, 0.0f, 0.5f)) && !gate_open(none, 0.0f) && !gate_open(0.0f, none), "a gate that is no number", 0);
+  const bool opens = 0.5f > odds_against(none, 0.0f, 0.5f) || gate_open(none, 0.0f) || gate_open(0.0f, none);
+  check(!opens, "a gate that is no number", 0);
 }
 
 // 2^x and log2 x against the C library's in double: near a float's own precision, everywhere

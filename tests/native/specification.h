@@ -68,9 +68,10 @@ struct Specification {
   Totals y, sums{2}, dx, da, db, dp, dq, dc;
 
   Specification(const Case& test, const Inputs<Store>& inputs)
-      : c(test), in(inputs), rows(c.rows()), k(c.k), y(c.tokens * rows), dx(c.tokens * k), da(rows * c.r), db(c.groups() * c.r * k),
-        dp(rows * c.s), dq(c.groups() * c.s * k), dc(c.groups()) {
-    for (auto* array : {&product, &product_size, &logit_size, &open, &plain_open, &slope, &soft, &soft_slope}) array->resize(rows * k);
+      : c(test), in(inputs), rows(c.rows()), k(c.k), y(c.tokens * rows), dx(c.tokens * k), da(rows * c.r),
+        db(c.groups() * c.r * k), dp(rows * c.s), dq(c.groups() * c.s * k), dc(c.groups()) {
+    for (auto* array : {&product, &product_size, &logit_size, &open, &plain_open, &slope, &soft, &soft_slope})
+      array->resize(rows * k);
     int64_t n = 0;
     for (int64_t g = 0; g < c.groups(); ++g)
       for (const int64_t end = n + c.sizes[g]; n < end; ++n)
