@@ -39,7 +39,7 @@ ROWS, SPAN, RANKS, TOKENS = 64, 256, 16, 8
 # token tiles of a block of the forward and of dx
 TOKEN_TILES = 10
 # the order of `Packing` in csrc/cuda/arguments.h
-LEFT, RIGHT, RIGHT_TRANSPOSED, LEFT_TRANSPOSED, GRADIENT, RIGHT_PLAIN, TOKEN_BLOCKS = range(7)
+LEFT, RIGHT, RIGHT_TRANSPOSED, LEFT_TRANSPOSED, GRADIENT, RIGHT_PLAIN, COLUMNS_OF_TOKENS = range(7)
 # row tiles of a chunk of the factor gradients
 CHUNK = 4
 # dx is split over N until this many blocks run; a fixed number, so that the order of a sum is the same on every device
@@ -128,10 +128,10 @@ class _Packer:
         return self._add(grad.T, GRADIENT, len(self.tiles), 2, blocks * TOKEN_TILES, 32)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """[T, k] as [token blocks, spans, 32, 80, 8]."""
+        """[T, k] as [spans * 32, T', 8], T' a multiple of 80."""
         tokens, k = x.shape
         block = TOKENS * TOKEN_TILES
-        return self._add(x, TOKEN_BLOCKS, _ceil(tokens, block), _ceil(k, SPAN), SPAN // 8, block)
+        return self._add(x, COLUMNS_OF_TOKENS, _ceil(k, SPAN) * SPAN // 8, _ceil(tokens, block) * block)
 
     def factors(self, a: Tensor, b: Tensor, p: Tensor | None, q: Tensor | None, packing: int = RIGHT) -> list[Tensor]:
         if p is None:

@@ -60,7 +60,7 @@ struct ForwardArguments {
   T* y;            // [tokens, rows]
   const uint4* x;  // packed by `tokens_source`
   View<const T> w;
-  int64_t tokens;
+  int64_t tokens, packed_tokens;
 };
 
 template <class T>
@@ -117,7 +117,7 @@ struct PackJob {
   int64_t words;
   int64_t stride_outer, stride_row, stride_column;  // of the source, in elements
   int64_t rows, columns;  // what is outside is 0; of a left factor and of G, rows are those of the stack
-  int64_t steps, spans;   // what the layout's index needs: steps or token tiles, and spans
+  int64_t steps, spans;   // what the layout's index needs: steps, token tiles or tokens, and spans
 };
 constexpr int MOST_JOBS = 8;
 struct PackArguments {

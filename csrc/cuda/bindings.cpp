@@ -109,7 +109,7 @@ PackJob job(const Tensor& to, const Tensor& from, int64_t packing) {
     case Packing::right:
     case Packing::right_plain:
     case Packing::right_transposed: job.steps = size(5), job.spans = size(6); break;
-    case Packing::tokens: job.steps = 0, job.spans = size(4); break;
+    case Packing::tokens: job.steps = size(2), job.spans = 0; break;
     default: job.steps = size(3), job.spans = 0;
   }
   return job;
@@ -123,12 +123,13 @@ void pack_operands(Tensors to, Tensors from, std::vector<int64_t> packings, Tens
   by_dtype(to[0], [&](auto dtype) { launch<decltype(dtype)>(arguments, static_cast<int>(to.size()), stream_of(to[0])); });
 }
 
-// x [token blocks, spans, 32, 80, 8] packed
+// x [spans * 32, whole blocks of tokens, 8] packed
 void forward(Tensor x, Tensor weight, Tensors packed, Tensor bias, Tensor tiles, Maybe seed, Maybe step, Tensor y) {
   by_dtype(weight, [&](auto dtype) {
     using T = decltype(dtype);
     const Stack of = stack(tiles, weight.size(0), weight.size(1), packed, bias, seed, step);
-    launch(ForwardArguments<T>{of, at<T>(y), at<const uint4>(x), view<const T>(weight), y.size(0)}, stream_of(weight));
+    launch(ForwardArguments<T>{of, at<T>(y), at<const uint4>(x), view<const T>(weight), y.size(0), x.size(1)},
+           stream_of(weight));
   });
 }
 

@@ -4,14 +4,21 @@
 
 namespace stamina::cuda {
 
+template <class Engine, class Kernel, class T>
+void launch_engine(Kernel kernel, const ForwardArguments<T>& f, void* stream) {
+  const Grid grid{f.stack.tiles.count, blocks_of(f.tokens, Engine::TILES * HALVES), 1};
+  launch_kernel(kernel, grid, FORWARD_THREADS, Engine::SHARED_BYTES, stream, where("forward", f.stack, f.tokens), f);
+}
+
 template <class T, bool FEW, bool NOISY>
 void launch_forward(const ForwardArguments<T>& f, void* stream) {
-  const Grid grid{f.stack.tiles.count, blocks_of(f.tokens, BLOCK_TOKENS), 1};
-  const std::string about = where("forward", f.stack, f.tokens);
-  if (on_hopper()) {
-    launch_kernel(forward_hopper_kernel<T, FEW, NOISY>, grid, FORWARD_THREADS, Hopper<T, FEW>::SHARED_BYTES, stream, about, f);
+  constexpr int ONE = TOKEN_TILES, TWO = 2 * TOKEN_TILES;
+  if (!on_hopper()) {
+    launch_engine<Portable<T, FEW>>(forward_kernel<T, FEW, NOISY>, f, stream);
+  } else if (f.tokens <= ONE * HALVES) {
+    launch_engine<Hopper<T, FEW, ONE>>(forward_hopper_kernel<T, FEW, NOISY, ONE>, f, stream);
   } else {
-    launch_kernel(forward_kernel<T, FEW, NOISY>, grid, FORWARD_THREADS, Portable<T, FEW>::SHARED_BYTES, stream, about, f);
+    launch_engine<Hopper<T, FEW, TWO>>(forward_hopper_kernel<T, FEW, NOISY, TWO>, f, stream);
   }
 }
 

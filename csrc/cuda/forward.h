@@ -1,9 +1,9 @@
 // Yᵀ[n, t] = Σ_k (W + M ⊙ A B)[n, k] Xᵀ[k, t]      X [T, k]  W [N, k]  A [N, r]  B [G, r, k]  Y [T, N]
 //
-// A block of four warps owns a strip of 64 rows of one projection and walks all columns; a warp has 16 rows and all tokens. W
-// and X of some columns are in shared memory and of the next ones on their way there. W is operand A of its products, M ⊙ A B
-// goes from accumulators into the same operand of products of its own: a small residual added to a half-precision weight
-// would lose its low bits. Every mask element is made once for the tokens of a block.
+// A block of four warps owns a strip of 64 rows of one projection and walks all columns; a warp has 16 rows and all tokens of
+// the block. W and X of some columns are in shared memory and of the next ones on their way there. W is operand A of its
+// products, M ⊙ A B goes from accumulators into the same operand of products of its own: a small residual added to a
+// half-precision weight would lose its low bits. Every mask element is made once for the tokens of a block.
 //
 // How the copies and the products are said is the business of two engines: `Portable` for every GPU, `Hopper` for sm_90.
 #pragma once
@@ -15,26 +15,30 @@ namespace stamina::cuda {
 constexpr int FORWARD_THREADS = STRIPS * WARP;
 template <int HELD>
 using ForwardNoise = Noise<QUARTERS, true, HELD>;
-using Sums = float[TOKEN_TILES][4];
+template <int TILES>
+using Sums = float[TILES][4];
 
 // Some columns of W and X in shared memory. Rows of W start 16 bytes further on in the banks, so that eight do not clash.
-template <int COLUMNS>
+template <int COLUMNS, int TILES>
 struct Stage {
   static constexpr int ROW = (COLUMNS + HALVES) * 2;
-  static constexpr int EIGHT = BLOCK_TOKENS * 16;  // of X: eight columns of all tokens
+  static constexpr int EIGHT = TILES * HALVES * 16;  // of X: eight columns of all tokens
   static constexpr int X_AT = TILE_ROWS * ROW;
   static constexpr int X_BYTES = COLUMNS / HALVES * EIGHT;
   static constexpr int BYTES = X_AT + X_BYTES;
 };
 
-template <int COLUMNS, class T>
-STAMINA_DEVICE const uint4* tokens_of(const ForwardArguments<T>& f, int chunk) {
-  return f.x + (blockIdx.y * f.stack.spans * (SPAN / HALVES) + chunk * (COLUMNS / HALVES)) * BLOCK_TOKENS;
+// the tokens of this block, eight columns of them
+template <int TILES, class T>
+STAMINA_DEVICE const uint4* tokens_of(const ForwardArguments<T>& f, int eight) {
+  return f.x + eight * f.packed_tokens + static_cast<int64_t>(blockIdx.y) * TILES * HALVES;
 }
 
 // The share of a thread in the copies of W to the stages, chunk after chunk; rows and columns that are not there are zeros.
 template <int COLUMNS, class T>
 class Weights {
+  static constexpr int ROW = Stage<COLUMNS, 0>::ROW;
+
  public:
   STAMINA_DEVICE Weights(const ForwardArguments<T>& f, const Tile& tile)
       : view_(f.w),
@@ -45,16 +49,16 @@ class Weights {
 
   STAMINA_DEVICE void copy(int chunk, unsigned char* stage) const {
     const int column = chunk * COLUMNS + column_;
-    unsigned char* to = stage + static_cast<int>(threadIdx.x) / EIGHTS * Stage<COLUMNS>::ROW + column_ * 2;
+    unsigned char* to = stage + static_cast<int>(threadIdx.x) / EIGHTS * ROW + column_ * 2;
     if (view_.wide) {
       const T* from = view_.at + row_ * view_.row + column;
 #pragma unroll
       for (int n = 0; n < TILE_ROWS; n += ROWS_A_TURN)
-        copy16(to + n * Stage<COLUMNS>::ROW, from + n * view_.row, n < rows_ && column < columns_);
+        copy16(to + n * ROW, from + n * view_.row, n < rows_ && column < columns_);
     } else {
 #pragma unroll 1
       for (int n = 0; n < TILE_ROWS; n += ROWS_A_TURN)
-        *reinterpret_cast<uint4*>(to + n * Stage<COLUMNS>::ROW) = load_eight(view_, row_ + n, column, n < rows_, columns_);
+        *reinterpret_cast<uint4*>(to + n * ROW) = load_eight(view_, row_ + n, column, n < rows_, columns_);
     }
   }
 
@@ -69,14 +73,14 @@ class Weights {
 template <int COLUMNS>
 STAMINA_DEVICE void load_weights(const unsigned char* stage, int column, uint32_t (&w)[4]) {
   const int lane = lane_id(), row = warp_id() * STRIP_ROWS + lane % 16;
-  load_matrices(w, stage + row * Stage<COLUMNS>::ROW + (column + lane / 16 * HALVES) * 2);
+  load_matrices(w, stage + row * Stage<COLUMNS, 0>::ROW + (column + lane / 16 * HALVES) * 2);
 }
 
 // Copies of 16 bytes by every thread, products of one warp.
 template <class T, bool FEW>
 struct Portable {
-  static constexpr int COLUMNS = 64, BLOCKS_AN_SM = 2, NOISE_HELD = FEW ? PAIRS : PAIRS / 2;
-  using At = Stage<COLUMNS>;
+  static constexpr int COLUMNS = 64, TILES = TOKEN_TILES, BLOCKS_AN_SM = 2, NOISE_HELD = FEW ? PAIRS : PAIRS / 2;
+  using At = Stage<COLUMNS, TILES>;
   static constexpr int PARKED_AT = 2 * At::BYTES;
   static constexpr int SHARED_BYTES = PARKED_AT + FORWARD_THREADS * ForwardNoise<NOISE_HELD>::PARKED_BYTES;
 
@@ -90,10 +94,11 @@ struct Portable {
     if (chunk < chunks) {
       unsigned char* stage = shared_memory() + chunk % 2 * At::BYTES;
       weights.copy(chunk, stage);
-      const uint4* from = tokens_of<COLUMNS>(f, chunk);
 #pragma unroll 1
-      for (int word = static_cast<int>(threadIdx.x); word < At::X_BYTES / 16; word += FORWARD_THREADS)
-        copy16(stage + At::X_AT + word * 16, from + word, true);
+      for (int word = static_cast<int>(threadIdx.x); word < At::X_BYTES / 16; word += FORWARD_THREADS) {
+        const int eight = word / (TILES * HALVES), token = word % (TILES * HALVES);
+        copy16(stage + At::X_AT + word * 16, tokens_of<TILES>(f, chunk * (COLUMNS / HALVES) + eight) + token, true);
+      }
     }
     end_copies();
   }
@@ -106,17 +111,17 @@ struct Portable {
     return shared_memory() + chunk % 2 * At::BYTES;
   }
 
-  STAMINA_DEVICE static void clear(Sums& sums) {
+  STAMINA_DEVICE static void clear(Sums<TILES>& sums) {
 #pragma unroll
-    for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+    for (int token_tile = 0; token_tile < TILES; ++token_tile) {
 #pragma unroll
       for (int v = 0; v < 4; ++v) sums[token_tile][v] = 0.0f;
     }
   }
 
   // sums += (W + residual) Xᵀ over columns 16s to 16s + 15 of the two sub-blocks of a pair
-  STAMINA_DEVICE void multiply_pair(Sums& sums, const unsigned char* stage, int pair, int s, const uint32_t (&residual)[2][4],
-                                    bool) const {
+  STAMINA_DEVICE void multiply_pair(Sums<TILES>& sums, const unsigned char* stage, int pair, int s,
+                                    const uint32_t (&residual)[2][4], bool) const {
     const int lane = lane_id(), eight_here = lane / 8 % 2, tile_here = lane / 16;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -126,7 +131,7 @@ struct Portable {
       const unsigned char* x =
           stage + At::X_AT + (column / HALVES + eight_here) * At::EIGHT + (tile_here * HALVES + lane % 8) * 16;
 #pragma unroll
-      for (int token_tile = 0; token_tile < TOKEN_TILES; token_tile += 2) {
+      for (int token_tile = 0; token_tile < TILES; token_tile += 2) {
         uint32_t b[4];
         load_matrices(b, x + token_tile * 128);
 #pragma unroll
@@ -141,12 +146,14 @@ struct Portable {
   STAMINA_DEVICE static void finish() {}
 };
 
-// X by bulk copies that a barrier counts, products of all four warps that run while the next residual is made.
-template <class T, bool FEW>
+// X by bulk copies that a barrier counts, products of all four warps that run while the next residual is made. TOKENS: 10
+// tiles, the 77 of a prompt, or 20, for which the mask is made once too.
+template <class T, bool FEW, int TOKENS>
 struct Hopper {
-  // three blocks an SM leave 168 registers to a thread and 75 KB to each of them
-  static constexpr int COLUMNS = 64, STAGES = 3, BLOCKS_AN_SM = FEW ? 3 : 2, NOISE_HELD = PAIRS / 2;
-  using At = Stage<COLUMNS>;
+  // three blocks an SM leave 168 registers to a thread and 75 KB to each of them, two leave 255 and 113 KB
+  static constexpr int COLUMNS = 64, TILES = TOKENS, STAGES = 3, NOISE_HELD = PAIRS / 2;
+  static constexpr int BLOCKS_AN_SM = FEW && TILES == TOKEN_TILES ? 3 : 2;
+  using At = Stage<COLUMNS, TILES>;
   static constexpr int PARKED_AT = STAGES * At::BYTES;
   static constexpr int BARRIERS_AT = PARKED_AT + FORWARD_THREADS * ForwardNoise<NOISE_HELD>::PARKED_BYTES;
   static constexpr int SHARED_BYTES = BARRIERS_AT + STAGES * static_cast<int>(sizeof(uint64_t));
@@ -172,8 +179,13 @@ struct Hopper {
       unsigned char* stage = shared_memory() + chunk % STAGES * At::BYTES;
       weights.copy(chunk, stage);
       if (threadIdx.x == 0) {
-        barrier_expect(barrier(chunk), At::X_BYTES);
-        copy_bulk(stage + At::X_AT, tokens_of<COLUMNS>(f, chunk), At::X_BYTES, barrier(chunk));
+        // the last block may have fewer tokens: what is then in the sums of the others goes nowhere
+        const int64_t left = f.packed_tokens - static_cast<int64_t>(blockIdx.y) * TILES * HALVES;
+        const uint32_t bytes = left < TILES * HALVES ? static_cast<uint32_t>(left) * 16 : At::EIGHT;
+        barrier_expect(barrier(chunk), COLUMNS / HALVES * bytes);
+#pragma unroll
+        for (int n = 0; n < COLUMNS / HALVES; ++n)
+          copy_bulk(stage + At::X_AT + n * At::EIGHT, tokens_of<TILES>(f, chunk * (COLUMNS / HALVES) + n), bytes, barrier(chunk));
       }
     }
     end_copies();
@@ -188,10 +200,10 @@ struct Hopper {
     return shared_memory() + chunk % STAGES * At::BYTES;
   }
 
-  STAMINA_DEVICE static void clear(Sums&) {}
+  STAMINA_DEVICE static void clear(Sums<TILES>&) {}
 
-  STAMINA_DEVICE void multiply_pair(Sums& sums, const unsigned char* stage, int pair, int s, const uint32_t (&residual)[2][4],
-                                    bool first) const {
+  STAMINA_DEVICE void multiply_pair(Sums<TILES>& sums, const unsigned char* stage, int pair, int s,
+                                    const uint32_t (&residual)[2][4], bool first) const {
     uint32_t w[2][4];
     const int column = 2 * pair * BLOCK + 16 * s;
     load_weights<COLUMNS>(stage, column, w[0]);
@@ -232,12 +244,12 @@ STAMINA_DEVICE void residual_operand(const LowRank<T, FEW>& ab, const LowRank<T,
 }
 
 // sums [16, 8 tokens] each, of a warp, to y through shared memory, so that rows of a token are written together
-template <class T>
-STAMINA_DEVICE void store_tokens(const ForwardArguments<T>& f, const Tile& tile, const Sums& sums) {
+template <class T, int TILES>
+STAMINA_DEVICE void store_tokens(const ForwardArguments<T>& f, const Tile& tile, const float (&sums)[TILES][4]) {
   constexpr int STRIDE = TILE_ROWS + HALVES;
   T* staged = reinterpret_cast<T*>(shared_memory());
 #pragma unroll
-  for (int token_tile = 0; token_tile < TOKEN_TILES; ++token_tile) {
+  for (int token_tile = 0; token_tile < TILES; ++token_tile) {
 #pragma unroll
     for (int v = 0; v < 4; ++v) {
       const Place place = accumulator(lane_id(), v);
@@ -246,9 +258,9 @@ STAMINA_DEVICE void store_tokens(const ForwardArguments<T>& f, const Tile& tile,
     }
   }
   __syncthreads();
-  const int64_t first_token = static_cast<int64_t>(blockIdx.y) * BLOCK_TOKENS;
+  const int64_t first_token = static_cast<int64_t>(blockIdx.y) * TILES * 8;
   const bool whole = f.stack.rows % HALVES == 0 && tile.first % HALVES == 0;
-  for (int word = static_cast<int>(threadIdx.x); word < BLOCK_TOKENS * TILE_ROWS / HALVES; word += FORWARD_THREADS) {
+  for (int word = static_cast<int>(threadIdx.x); word < TILES * TILE_ROWS; word += FORWARD_THREADS) {
     const int token = word / (TILE_ROWS / HALVES), row = word % (TILE_ROWS / HALVES) * HALVES;
     if (first_token + token >= f.tokens) continue;
     const T* from = staged + token * STRIDE + row;
@@ -276,7 +288,7 @@ STAMINA_DEVICE void forward_strip(const ForwardArguments<T>& f) {
   const int chunks = static_cast<int>((stack.k + Engine::COLUMNS - 1) / Engine::COLUMNS);
   const Engine engine{f, {f, tile}, chunks};
   engine.start();
-  Sums sums;
+  Sums<Engine::TILES> sums;
   engine.clear(sums);
   for (int span = 0; span < stack.spans; ++span) {
     if (NOISY) noise.draw(span, 0, parked);
@@ -310,10 +322,11 @@ __global__ void __launch_bounds__(FORWARD_THREADS, Portable<T, FEW>::BLOCKS_AN_S
 #endif
 }
 
-template <class T, bool FEW, bool NOISY>
-__global__ void __launch_bounds__(FORWARD_THREADS, Hopper<T, FEW>::BLOCKS_AN_SM) forward_hopper_kernel(ForwardArguments<T> f) {
+template <class T, bool FEW, bool NOISY, int TILES>
+__global__ void __launch_bounds__(FORWARD_THREADS, Hopper<T, FEW, TILES>::BLOCKS_AN_SM)
+    forward_hopper_kernel(ForwardArguments<T> f) {
 #if STAMINA_HOPPER_CODE
-  forward_strip<Hopper<T, FEW>, NOISY, T, FEW>(f);
+  forward_strip<Hopper<T, FEW, TILES>, NOISY, T, FEW>(f);
 #endif
 }
 

@@ -122,13 +122,10 @@ STAMINA_INLINE Source gradient_source(int64_t index, int number, int64_t token_t
           token_tile * 8 + place.column};
 }
 
-// X for the forward: [token block][eight columns][token], so that eight tokens by eight columns are 128 bytes that lie
-// together, a matrix of `load_matrices` and of `multiply_async`; `row` is the token.
-constexpr int BLOCK_TOKENS = TOKEN_TILES * 8;
-STAMINA_INLINE Source tokens_source(int64_t index, int number, int64_t spans) {
-  const int64_t token = index % BLOCK_TOKENS, eight = index / BLOCK_TOKENS % (spans * (SPAN / HALVES));
-  const int64_t block = index / BLOCK_TOKENS / (spans * (SPAN / HALVES));
-  return {0, block * BLOCK_TOKENS + token, eight * HALVES + number};
+// X for the forward: [eight columns][token], so that eight tokens by eight columns are 128 bytes that lie together, a matrix
+// of `load_matrices` and of `multiply_async`; `row` is the token, of as many as fill whole blocks.
+STAMINA_INLINE Source tokens_source(int64_t index, int number, int64_t tokens) {
+  return {0, index % tokens, index / tokens * HALVES + number};
 }
 
 }  // namespace stamina::cuda

@@ -15,7 +15,7 @@ STAMINA_DEVICE Source source_of(const PackJob& job, int64_t index, int number) {
     case Packing::right: return right_source(index, number, job.steps, job.spans);
     case Packing::right_transposed: return right_transposed_source(index, number, job.steps, job.spans);
     case Packing::right_plain: return right_plain_source(index, number, job.steps, job.spans);
-    case Packing::tokens: return tokens_source(index, number, job.spans);
+    case Packing::tokens: return tokens_source(index, number, job.steps);
     default: return gradient_source(index, number, job.steps);
   }
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../core/philox.h"
 #include "../core/rounding.h"
@@ -157,31 +158,44 @@ STAMINA_DEVICE void products_left() {
 }
 
 #define STAMINA_FOUR(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define STAMINA_WGMMA(type)                                                                                               \
-  asm volatile("{ .reg .pred p; setp.ne.b32 p, %45, 0; wgmma.mma_async.sync.aligned.m64n80k16.f32." type "." type         \
-               " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, " \
-               "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39}, "                     \
-               "{%40, %41, %42, %43}, %44, p, 1, 1, 0; }"                                                                   \
-               : STAMINA_FOUR(0), STAMINA_FOUR(1), STAMINA_FOUR(2), STAMINA_FOUR(3), STAMINA_FOUR(4), STAMINA_FOUR(5),    \
-                 STAMINA_FOUR(6), STAMINA_FOUR(7), STAMINA_FOUR(8), STAMINA_FOUR(9)                                       \
+#define STAMINA_WGMMA_80(type)                                                                                                \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %45, 0; wgmma.mma_async.sync.aligned.m64n80k16.f32." type "." type " {"        \
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                       \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
+               "%32, %33, %34, %35, %36, %37, %38, %39}, "                                                                    \
+               "{%40, %41, %42, %43}, %44, p, 1, 1, 0; }"                                                                     \
+               : STAMINA_FOUR(0), STAMINA_FOUR(1), STAMINA_FOUR(2), STAMINA_FOUR(3), STAMINA_FOUR(4),                         \
+                 STAMINA_FOUR(5), STAMINA_FOUR(6), STAMINA_FOUR(7), STAMINA_FOUR(8), STAMINA_FOUR(9)                          \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
+#define STAMINA_WGMMA_160(type)                                                                                               \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %85, 0; wgmma.mma_async.sync.aligned.m64n160k16.f32." type "." type " {"       \
+               "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                       \
+               "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                             \
+               "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                             \
+               "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, "                             \
+               "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79}, "                            \
+               "{%80, %81, %82, %83}, %84, p, 1, 1, 0; }"                                                                     \
+               : STAMINA_FOUR(0), STAMINA_FOUR(1), STAMINA_FOUR(2), STAMINA_FOUR(3), STAMINA_FOUR(4),                         \
+                 STAMINA_FOUR(5), STAMINA_FOUR(6), STAMINA_FOUR(7), STAMINA_FOUR(8), STAMINA_FOUR(9),                         \
+                 STAMINA_FOUR(10), STAMINA_FOUR(11), STAMINA_FOUR(12), STAMINA_FOUR(13), STAMINA_FOUR(14),                    \
+                 STAMINA_FOUR(15), STAMINA_FOUR(16), STAMINA_FOUR(17), STAMINA_FOUR(18), STAMINA_FOUR(19)                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
 
-// d [64, 80] = a [64, 16] b [16, 80] + d (without d where not `add`), of four warps: a warp has 16 rows of a and d as in
-// `multiply`, tile by tile of 8 tokens. Done once `products_left` says so; until then d is not to be touched. (Zeros to begin
+// d [64, 8 TILES] = a [64, 16] b [16, 8 TILES] + d (without d where not `add`), of four warps: a warp has 16 rows of a and d
+// as in `multiply`, tile by tile of 8 tokens. Done once `products_left` says so; until then d is not to be touched. (Zeros to begin
 // with would be plain writes of d, and ptxas then waits for every product.)
-template <class T>
-STAMINA_DEVICE void multiply_async(float (&d)[10][4], const uint32_t (&a)[4], uint64_t b, bool add);
+template <class T, int TILES>
+STAMINA_DEVICE void multiply_async(float (&d)[TILES][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+  static_assert(TILES == 10 || TILES == 20, "the sizes that are spelled out above");
 #if STAMINA_HOPPER_CODE
-template <>
-STAMINA_DEVICE void multiply_async<Bf16>(float (&d)[10][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-  STAMINA_WGMMA("bf16");
-}
-template <>
-STAMINA_DEVICE void multiply_async<Half>(float (&d)[10][4], const uint32_t (&a)[4], uint64_t b, bool add) {
-  STAMINA_WGMMA("f16");
-}
+  if constexpr (TILES == 10 && std::is_same_v<T, Bf16>) STAMINA_WGMMA_80("bf16");
+  if constexpr (TILES == 10 && std::is_same_v<T, Half>) STAMINA_WGMMA_80("f16");
+  if constexpr (TILES == 20 && std::is_same_v<T, Bf16>) STAMINA_WGMMA_160("bf16");
+  if constexpr (TILES == 20 && std::is_same_v<T, Half>) STAMINA_WGMMA_160("f16");
 #endif
-#undef STAMINA_WGMMA
+}
+#undef STAMINA_WGMMA_160
+#undef STAMINA_WGMMA_80
 #undef STAMINA_FOUR
 
 // ---- numbers --------------------------------------------------------------------------------------------------------

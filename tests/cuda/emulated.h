@@ -331,16 +331,16 @@ void product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   multiply<T>(d, a, b0, b1);
 }
 
-// wgmma.m64n80k16, operand A in registers: PTX ISA, "Register fragments" and "Matrix descriptor". Operand B lies in matrices of
+// wgmma.m64nNk16 with N = 8 TILES, operand A in registers: PTX ISA, "Register fragments" and "Matrix descriptor". Operand B lies in matrices of
 // 8 by 8 without swizzling: bits 0 to 13 of the descriptor say where the first one is, 16 to 29 how far the next eight k are
 // from it, 32 to 45 how far the next eight columns, in units of 16 bytes.
-template <class T>
-void multiply_async(float (&d)[10][4], const uint32_t (&a)[4], uint64_t b, bool add) {
+template <class T, int TILES>
+void multiply_async(float (&d)[TILES][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   if (!emulated::block->now->fenced) emulated::fail("a product of four warps before a fence");
   emulated::Product product{{}, b, &d[0][0], add, [](const emulated::Product& of) {
     const int lane = emulated::block->now->id % emulated::LANE_COUNT;
     const auto field = [&](int from) { return static_cast<int64_t>(of.b >> from & 0x3fff) * 16; };
-    for (int entry = 0; entry < 40; ++entry) {
+    for (int entry = 0; entry < 4 * TILES; ++entry) {
       const int row = lane / 4 + (entry % 4 < 2 ? 0 : 8), column = entry / 4 * 8 + lane % 4 * 2 + (entry & 1);
       float sum = 0.0f;
       for (int k = 0; k < 16; ++k) {

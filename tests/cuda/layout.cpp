@@ -96,8 +96,8 @@ static void plain_operands_meet() {
       }
       for (int number = 0; number < 4; ++number) {
         const Place place = operand_b(lane, number);
-        const int64_t word = (2 * s + number / 2) * BLOCK_TOKENS + lane_row(lane);
-        const Source at = tokens_source(word, 2 * lane_pair(lane) + number % 2, 1);
+        const int64_t tokens = TOKEN_TILES * 8, word = (2 * s + number / 2) * tokens + lane_row(lane);
+        const Source at = tokens_source(word, 2 * lane_pair(lane) + number % 2, tokens);
         hold(at.row == place.column && at.column == 16 * s + place.row, "a number of X, plain");
       }
     }
@@ -131,9 +131,8 @@ int main() {
       right, 2, 32, 3 * SPAN, [](int64_t w, int n) { return right_transposed_source(w, n, 2, 3); }, "rightᵀ");
   packs_each_number_once(
       right, 2, 32, 3 * SPAN, [](int64_t w, int n) { return right_plain_source(w, n, 2, 3); }, "right, plain");
-  const int64_t tokens = 2 * 3 * SPAN / HALVES * BLOCK_TOKENS;
   packs_each_number_once(
-      tokens, 1, 2 * BLOCK_TOKENS, 3 * SPAN, [](int64_t w, int n) { return tokens_source(w, n, 3); }, "tokens");
+      3 * SPAN / HALVES * 160, 1, 160, 3 * SPAN, [](int64_t w, int n) { return tokens_source(w, n, 160); }, "tokens");
   packs_each_number_once(gradient, 2, TILE_ROWS, 40, [](int64_t w, int n) { return gradient_source(w, n, 5); }, "gradient");
   if (wrong == 0) std::printf("every layout holds\n");
   return wrong != 0;
