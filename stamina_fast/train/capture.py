@@ -79,7 +79,8 @@ class Captured:
         """`Step.begin_`, and a new recording where the old one is no longer that of the step."""
         self.step.begin_(seed)
         if self.addresses is not None and self.addresses != self.step.addresses():
-            self.addresses = None
+            # what is new is run once before it is recorded, as kernels may have to be compiled for it
+            self.addresses, self.warmed = None, WARM - 1
 
     def __call__(self) -> None:
         if self.recorder is None:

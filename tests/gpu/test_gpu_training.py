@@ -56,10 +56,12 @@ def test_32_captured_steps_are_those_step_by_step(change, tmp_path, monkeypatch,
     monkeypatch.setattr(loop, "Captured", lambda *args: made.append(Captured(*args)) or made[-1])
     folder = write_concepts(tmp_path / "two", 2)
     backend = "triton" if sf.backends()["triton"][0] else "reference"
-    wanted, _ = trained(backend, folder, tmp_path / "plain", torch.float32, monkeypatch, **change)
-    losses, ran = trained(backend, folder, tmp_path / "captured", torch.float32, monkeypatch, capture=True, **change)
-    assert not caplog.records
+    # the fused kernels of attention sum gradients in whatever order they come
+    options = change | {"attention": "math"}
+    wanted, _ = trained(backend, folder, tmp_path / "plain", torch.float32, monkeypatch, **options)
+    losses, ran = trained(backend, folder, tmp_path / "captured", torch.float32, monkeypatch, capture=True, **options)
+    assert not [record.getMessage() for record in caplog.records if record.name == "stamina_fast"]
     assert made[-1].recordings == 2
-    # Python ran in the warm-up and the two recordings alone
-    assert ran[f"masked_linear/{backend}"] == (WARM + 2) * change.get("accumulate", 1)
+    # Python ran in the warm-ups, one of them before the second recording, and in the recordings alone
+    assert ran[f"masked_linear/{backend}"] == (WARM + 1 + 2) * change.get("accumulate", 1)
     torch.testing.assert_close(losses, wanted, rtol=0, atol=0)
