@@ -113,10 +113,11 @@ def measured(
     green = [arm for arm in arms if not any(line.startswith(f"{arm.name} ") for line in red)]
     print(f"{len(green)} arms take turns", flush=True)
     times = clock.take_turns({arm.name: measure.sample(arm) for arm in green}, rounds, seconds)
+    phases = measure.phases(green)
     for arm in green:
         found = facts[arm.name]
         step_s = statistics.median(times[arm.name]) / 1e3
-        found |= {"note": arm.note, "times_ms": times[arm.name], "phases_ms": measure.phases(arm), "look_s": measure.look(arm)}
+        found |= {"note": arm.note, "times_ms": times[arm.name], "phases_ms": phases[arm.name], "look_s": measure.look(arm)}
         found |= {"launches": measure.launches(arm), "memory": measure.memory(arm, held[arm.name], common)}
         encoding = taught.encoding if isinstance(arm, Ours) else 0.0
         looks = case.steps / case.options.read_every * found["look_s"]

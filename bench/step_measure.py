@@ -28,7 +28,7 @@ from .step_phases import PHASES
 CHECKED = WARM + 2
 # a sample on a GPU: as many steps as fill this time, within this number
 SAMPLE_SECONDS, MOST_STEPS = 0.3, 8
-PHASE_STEPS = 3
+PHASE_STEPS = 5
 PROFILED_STEPS = 3
 NAMES_SHOWN = 25
 # largest relative difference of losses that must be equal: of the first step, of all that are checked
@@ -104,10 +104,13 @@ def sample(arm: Arm) -> Callable[[], float]:
     return lambda: clock.event_time(several, count)
 
 
-def phases(arm: Arm) -> dict[str, float]:
-    """Milliseconds by phase, medians of a few steps that wait for the device at every mark; the first does not count."""
-    runs = [arm.once() for _ in range(1 + PHASE_STEPS)][1:]
-    return {name: 1e3 * statistics.median(run.get(name, 0.0) for run in runs) for name in PHASES}
+def phases(arms: list[Arm]) -> dict[str, dict[str, float]]:
+    """{arm: milliseconds by phase}: medians of steps that wait for the device at every mark, in turns; not the first ones."""
+    turns = [{arm.name: arm.once() for arm in arms} for _ in range(1 + PHASE_STEPS)][1:]
+    return {
+        arm.name: {name: 1e3 * statistics.median(turn[arm.name].get(name, 0.0) for turn in turns) for name in PHASES}
+        for arm in arms
+    }
 
 
 def look(arm: Arm) -> float:
