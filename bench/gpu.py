@@ -43,6 +43,12 @@ def code_hash() -> str:
     return source_hash((*SOURCES, "tests"))
 
 
+def architecture(capability: tuple[int, int]) -> str:
+    """What nvcc compiles for, as CMake spells it. "native" would leave out what only sm_90a has."""
+    major, minor = capability
+    return f"{major}{minor}{'a' if major == 9 else ''}-real"
+
+
 @dataclass(frozen=True)
 class Stage:
     """A command that ends within `limit` seconds, or is ended. `report` is the JUnit file of a stage of tests."""
@@ -70,7 +76,8 @@ def stages(output: Path) -> list[Stage]:
         """_C_cuda into the package; without it every stage goes on with the other backends."""
         missing = [tool for tool in ("nvcc", "cmake") if not shutil.which(tool)]
         folder = output / "build"
-        settings = (f"-DPython_EXECUTABLE={python}", "-DSTAMINA_CUDA_ARCHITECTURES=native")
+        target = architecture(torch.cuda.get_device_capability()) if torch.cuda.is_available() else "native"
+        settings = (f"-DPython_EXECUTABLE={python}", f"-DSTAMINA_CUDA_ARCHITECTURES={target}")
         steps = (
             ["cmake", "-S", str(ROOT), "-B", str(folder), *settings],
             ["cmake", "--build", str(folder), "--target", "_C_cuda", "--parallel"],

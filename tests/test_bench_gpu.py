@@ -132,3 +132,9 @@ def test_every_stage_runs_something_that_is_there():
         for part in command:
             if part.startswith("tests/"):
                 assert (gpu.ROOT / part).exists()
+
+
+def test_hopper_is_compiled_with_its_own_instructions():
+    """As `STAMINA_HOPPER` in csrc/cuda/CMakeLists.txt looks for them."""
+    assert [gpu.architecture(one) for one in ((8, 0), (9, 0), (10, 0))] == ["80-real", "90a-real", "100-real"]
+    assert gpu.architecture((9, 0)) in (gpu.ROOT / "csrc" / "cuda" / "CMakeLists.txt").read_text()
