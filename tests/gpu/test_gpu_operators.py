@@ -12,7 +12,8 @@ NAMES = ("a", "b", "p", "q", "gate_bias")
 # tokens, k, sizes, r, s: one of everything; ragged, an empty projection; a second span, odd widths; ranks over one dot's
 RAGGED = (5, 40, (7, 70, 0, 3), 3, 5)
 WIDE = (77, 768, (320, 640), 16, 16)
-SHAPES = [(1, 1, (1,), 1, 1), RAGGED, (17, 259, (2, 33), 2, 1), WIDE, (154, 512, (128, 33, 300), 64, 4)]
+SHAPES = [(1, 1, (1,), 1, 1), RAGGED, (17, 259, (2, 33), 2, 1), WIDE, (154, 512, (128, 33, 300), 64, 4),
+          (170, 72, (40,), 8, 8)]
 # compiling takes most of the time here, so the tests below share what is compiled for it: one shape, one pair of ranks
 ONE = (77, 512, (64, 128), 16, 16)
 # Frobenius by Frobenius: the residual and the result are rounded to the dtype, the gradients of the factors are sums of fp32
