@@ -45,6 +45,8 @@ def parse(
             raise InputError(f"{kind} must be one of {', '.join(known)}, got {value!r}")
     if dtype == "float16":
         raise InputError("dtype must be float32 or bfloat16, got float16, whose gradients underflow; pass bfloat16")
+    if choices.get("attention") == "measured":
+        raise InputError("attention must be named here, got 'measured', which `train` resolves; pass one of its kernels")
     # a picture of full size takes a CPU minutes
     pixels = pixels or (MODELS[model].pixels if device.startswith("cuda") else 64)
     return Case(model, MODELS[model], pixels, batch, DTYPES[dtype], device, steps, checkpointing, choices)

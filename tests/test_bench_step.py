@@ -307,7 +307,7 @@ def test_an_arm_that_does_not_train_or_strays_is_red():
 
 
 def test_what_is_not_known_is_refused(capsys):
-    for options in ({"model": "sd3"}, {"dtype": "float16"}, {"arms": ["dreambooth"]}):
+    for options in ({"model": "sd3"}, {"dtype": "float16"}, {"arms": ["dreambooth"]}, {"attention": "measured"}):
         with pytest.raises(InputError):
             bench_step.run(**options)
     monkeypatch = pytest.MonkeyPatch()
