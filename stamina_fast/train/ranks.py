@@ -117,7 +117,7 @@ class Ranks:
         reason = _reason(said)
         if reason is not None:
             self.over = True
-            self._disband()
+            self._disband(failed=True)
             raise StaminaError(reason)
         return [text for _, text in said]
 
@@ -142,10 +142,9 @@ class Ranks:
         try:
             said = self._gather(LOST if lost else STOPS, line, PARTING if lost else self.patience)
         except LostError:
-            # groups that miss a member are not waited for
-            self.gradients = self.messages = None
+            self._disband(failed=True, gone=True)
             return
-        self._disband()
+        self._disband(failed=True)
         reason = _reason(said)
         if lost and reason is not None:
             raise StaminaError(reason) from error
@@ -158,9 +157,15 @@ class Ranks:
         self.over = True
         self._disband()
 
-    def _disband(self) -> None:
+    def _disband(self, failed: bool = False, gone: bool = False) -> None:
+        """Close the groups. What may wait for a rank that has `failed`, or is `gone`, is left as it is, or aborted on a GPU."""
         groups = [group for group in (self.gradients, self.messages) if group is not None]
+        on_gpu = self.gradients is not None and dist.get_backend(self.gradients) == "nccl"
+        if failed and on_gpu:
+            self.gradients.abort()
         self.gradients = self.messages = None
+        if gone or (failed and on_gpu):
+            return
         for group in [None] if self.owns else groups:
             dist.destroy_process_group(group)
 

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+import types
+import unittest.mock
 from datetime import timedelta
 from multiprocessing import forkserver
 from pathlib import Path
@@ -25,7 +27,7 @@ from stamina_fast.io.run import Run
 from stamina_fast.train import TrainOptions, loop, ranks as module
 from stamina_fast.train.flat import Optimizer
 from stamina_fast.train.latents import LatentBank
-from stamina_fast.train.ranks import Ranks, digest, rank_here, together
+from stamina_fast.train.ranks import LostError, Ranks, digest, rank_here, together
 from stamina_fast.train.step import Buffers, Feed, Step
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -221,6 +223,21 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
     second.local = 2
     with pytest.raises(InputError, match="process 2 of this machine has no GPU, there are 2"):
         second.device(None)
+
+
+def test_a_failure_aborts_what_waits_on_a_gpu_and_destroys_nothing(monkeypatch):
+    """Destroying a group of nccl waits for its kernels, and those for a rank that has stopped."""
+    done = []
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda group: done.append("destroyed"))
+    for error, said in ((StaminaError("bad"), [(b"!", "bad"), (b"+", "")]), (LostError("gone"), LostError("gone too"))):
+        ranks = Ranks.__new__(Ranks)
+        ranks.rank, ranks.count, ranks.over, ranks.owns, ranks.patience = 0, 2, False, True, SOON
+        ranks.gradients, ranks.messages = types.SimpleNamespace(abort=lambda: done.append("aborted")), object()
+        monkeypatch.setattr(Ranks, "_gather", unittest.mock.Mock(side_effect=[said]))
+        ranks.leave(error)
+        assert ranks.over
+    assert done == ["aborted", "aborted"]
 
 
 def test_a_digest_sees_every_bit():
