@@ -276,7 +276,7 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def past(self) -> Tensor | None:
-        """S = master - W_0 in fp32 [N, k], at one address from fold to fold; None while nothing is folded."""
+        """S = master - W_0 in fp32 [N, k], one tensor that each fold writes over; None while nothing is folded."""
         if self.master is None:
             return None
         if not self._past_known:

@@ -141,7 +141,7 @@ class Sampler:
         with self.bars:
             for t, name in enumerate(names):
                 self.adapters.rewind(names[: t + 1])
-                past = [stack.past() for stack in self.adapters.stacks]
+                past = [stack.past().clone() for stack in self.adapters.stacks]  # the next rewind writes over them
                 weights.append(weight_change(past, before))
                 before = past
                 self.bars.update(self.bar, description=f"after {name}")
