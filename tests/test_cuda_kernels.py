@@ -28,7 +28,7 @@ def emulated(tmp_path_factory):
     path = build(tmp_path_factory.mktemp("cuda"))
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
-    return SimpleNamespace(order=library.stamina_emulated_backward, hopper=library.stamina_emulated_hopper)
+    return SimpleNamespace(order=library.stamina_emulated_order, hopper=library.stamina_emulated_hopper)
 
 
 def run(grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7, past=None):
@@ -102,15 +102,19 @@ def test_tokens_at_the_edges_of_tiles(emulated, tokens):
     check(problem(tokens, 72, (20,), 1, 1, torch.bfloat16), (20,))
 
 
-def test_the_order_of_threads_does_not_matter(emulated):
+@pytest.mark.parametrize("hopper", [0, 1], ids=["portable", "sm_90"])
+@pytest.mark.parametrize("order", [1, 2], ids=["backward", "a warp ahead"])
+def test_the_order_of_threads_does_not_matter(emulated, order, hopper):
     """A missing barrier lets the order in which threads take their turns show."""
     arguments = problem(*ODD, torch.bfloat16)
     first = run(*arguments, ODD[2], past=arguments[2].float())
-    emulated.order(1)
+    emulated.order(order)
+    emulated.hopper(hopper)
     try:
         second = run(*arguments, ODD[2], past=arguments[2].float())
     finally:
         emulated.order(0)
+        emulated.hopper(0)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 

@@ -3,9 +3,9 @@
 
 #define STAMINA_CHOICE extern "C" __attribute__((visibility("default"))) void
 
-STAMINA_CHOICE stamina_emulated_backward(int backward) {
+STAMINA_CHOICE stamina_emulated_order(int of_turns) {
   using namespace stamina::cuda::emulated;
-  order = backward ? Order::backward : Order::forward;
+  order = static_cast<Order>(of_turns);
 }
 
 STAMINA_CHOICE stamina_emulated_hopper(int of_hopper) { stamina::cuda::emulated::hopper = of_hopper; }

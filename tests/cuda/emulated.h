@@ -140,8 +140,9 @@ inline void enter() {
   swapcontext(&block->now->context, &block->scheduler);
 }
 
-// the threads of a block take their turns in this order
-enum class Order { forward, backward };
+// The threads of a block take their turns in this order. `ahead`: a warp takes many turns before the next one takes any, and
+// gets as far as it can without the others.
+enum class Order { forward, backward, ahead };
 inline Order order = Order::forward;
 // whether the kernels of sm_90a run
 inline bool hopper = false;
@@ -177,15 +178,25 @@ inline void run_block(int threads, int shared_bytes, void (*body)(const void*), 
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
   }
-  for (int left = threads; left;) {
-    left = 0;
-    for (int turn = 0; turn < threads; ++turn) {
-      Fiber& fiber = current.fibers[order == Order::forward ? turn : threads - 1 - turn];
+  const auto turns_of_a_warp = [&](int first) {
+    int left = 0;
+    for (int turn = first; turn < threads && turn < first + LANE_COUNT; ++turn) {
+      Fiber& fiber = current.fibers[order == Order::backward ? threads - 1 - turn : turn];
       if (fiber.done) continue;
       current.now = &fiber;
       thread_index = {static_cast<unsigned>(fiber.id), 0, 0};
       swapcontext(&current.scheduler, &fiber.context);
       left += !fiber.done;
+    }
+    return left;
+  };
+  constexpr int AHEAD = 256;
+  for (int left = threads; left;) {
+    left = 0;
+    for (int first = 0; first < threads; first += LANE_COUNT) {
+      int here = turns_of_a_warp(first);
+      for (int more = 0; order == Order::ahead && more < AHEAD && here; ++more) here = turns_of_a_warp(first);
+      left += here;
     }
   }
   block = nullptr;
@@ -331,9 +342,9 @@ void product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   multiply<T>(d, a, b0, b1);
 }
 
-// wgmma.m64nNk16 with N = 8 TILES, operand A in registers: PTX ISA, "Register fragments" and "Matrix descriptor". Operand B lies in matrices of
-// 8 by 8 without swizzling: bits 0 to 13 of the descriptor say where the first one is, 16 to 29 how far the next eight k are
-// from it, 32 to 45 how far the next eight columns, in units of 16 bytes.
+// wgmma.m64nNk16 with N = 8 TILES, operand A in registers: PTX ISA, "Register fragments" and "Matrix descriptor". Operand B lies
+// in matrices of 8 by 8 without swizzling: bits 0 to 13 of the descriptor say where the first one is, 16 to 29 how far the next
+// eight k are from it, 32 to 45 how far the next eight columns, in units of 16 bytes.
 template <class T, int TILES>
 void multiply_async(float (&d)[TILES][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   if (!emulated::block->now->fenced) emulated::fail("a product of four warps before a fence");
