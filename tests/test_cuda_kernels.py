@@ -5,7 +5,7 @@ stamina_fast/cuda.py. It cannot prove that a GPU's instructions do what the PTX 
 """
 
 import ctypes
-from types import SimpleNamespace
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -25,10 +25,23 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
+    """A context in which the emulated GPU is another one: `hopper`, with copies that come `early`, or another `order`."""
     path = build(tmp_path_factory.mktemp("cuda"))
     torch.ops.load_library(str(path))
     library = ctypes.CDLL(str(path))
-    return SimpleNamespace(order=library.stamina_emulated_order, hopper=library.stamina_emulated_hopper)
+
+    @contextmanager
+    def machine(**kind):
+        choices = [(getattr(library, f"stamina_emulated_{name}"), value) for name, value in kind.items()]
+        try:
+            for choose, value in choices:
+                choose(value)
+            yield
+        finally:
+            for choose, _ in choices:
+                choose(0)
+
+    return machine
 
 
 def run(grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7, past=None):
@@ -73,15 +86,10 @@ def test_the_forward_of_sm_90_is_the_portable_one(emulated, shape, options, orde
     if "strides" in options:
         problems = [strided(t, options["strides"]) if n < 2 else t for n, t in enumerate(problems)]
     seed, step = (None, None) if "noise" in options else NOISE.tensors(torch.device("cpu"))
-    emulated.order(order)
     found = []
-    try:
-        for hopper in (0, 1):
-            emulated.hopper(hopper)
+    for hopper in (0, 1):
+        with emulated(order=order, hopper=hopper):
             found.append(cuda.forward(*problems, shape[2], seed, step))
-    finally:
-        emulated.order(0)
-        emulated.hopper(0)
     assert found[0].float().std() > 0.1
     assert torch.equal(*found)
 
@@ -103,18 +111,14 @@ def test_tokens_at_the_edges_of_tiles(emulated, tokens):
 
 
 @pytest.mark.parametrize("hopper", [0, 1], ids=["portable", "sm_90"])
-@pytest.mark.parametrize("order", [1, 2], ids=["backward", "a warp ahead"])
-def test_the_order_of_threads_does_not_matter(emulated, order, hopper):
-    """A missing barrier lets the order in which threads take their turns show."""
+@pytest.mark.parametrize("early", [0, 1], ids=["late copies", "early copies"])
+@pytest.mark.parametrize("order", [0, 1, 2], ids=["forward", "backward", "a warp ahead"])
+def test_the_order_of_threads_does_not_matter(emulated, order, early, hopper):
+    """A missing barrier lets the order in which threads take their turns show, a missing wait when copies happen."""
     arguments = problem(*ODD, torch.bfloat16)
     first = run(*arguments, ODD[2], past=arguments[2].float())
-    emulated.order(order)
-    emulated.hopper(hopper)
-    try:
+    with emulated(order=order, early=early, hopper=hopper):
         second = run(*arguments, ODD[2], past=arguments[2].float())
-    finally:
-        emulated.order(0)
-        emulated.hopper(0)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
@@ -142,25 +146,35 @@ def test_fold_and_rebuild(emulated, dtype, with_master):
         assert torch.equal(folded[closed].view(torch.int16), weight[closed].view(torch.int16))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("noise", [NOISE, None], ids=["noise", "plain"])
-def test_one_mask_everywhere(emulated, dtype, noise):
-    """The mask read off the forward, dx and dA, with A B = 1, W = 0 and unit inputs, is that of the reference."""
+@pytest.mark.parametrize(("noise", "dtype", "step"), [
+    (NOISE, torch.bfloat16, 0), (NOISE, torch.float16, 0), (NOISE, torch.bfloat16, 100),
+    (None, torch.bfloat16, 0), (None, torch.float16, 0), (None, torch.float16, 100),
+], ids=["noise, bf16", "noise, half", "noise, steps", "plain, bf16", "plain, half", "plain, steps"])
+def test_one_mask_everywhere(emulated, noise, dtype, step):
+    """The mask read off the forward, dx and dA, with A B = 1, W = 0 and unit inputs, is that of the reference.
+
+    Logits in steps of 100 are exactly 0, where the gate of no noise is closed, or so large that their powers overflow.
+    """
     sizes, k = (33, 7), 300
     rows = sum(sizes)
     *_, p, q, gate_bias = problem(1, k, sizes, 1, 4, dtype)
+    if step:
+        p, q, gate_bias = step * p.sign(), q.round().clamp(-1, 1), torch.tensor([0.0, -0.0])
     a, b, zero = torch.ones(rows, 1), torch.ones(2, 1, k), torch.zeros(rows, k, dtype=dtype)
-    seed, step = (None, None) if noise is None else noise.tensors(torch.device("cpu"))
-    factors = (p, q, gate_bias, sizes, seed, step)
-    forward = cuda.forward(torch.eye(k, dtype=dtype), zero, a, b, *factors).T.float()
+    seed, at = (None, None) if noise is None else noise.tensors(torch.device("cpu"))
+    factors = (p, q, gate_bias, sizes, seed, at)
+    masks = []
+    for hopper in (0, 1):
+        with emulated(hopper=hopper):
+            masks.append(cuda.forward(torch.eye(k, dtype=dtype), zero, a, b, *factors).T.float())
     unit = torch.eye(rows, dtype=dtype)
     tau = torch.tensor(1.0)
-    through_x = cuda.backward(unit, zero, zero, a, b, *factors, tau, True, False)[0].float()
+    masks.append(cuda.backward(unit, zero, zero, a, b, *factors, tau, True, False)[0].float())
     ones = torch.ones(1, k, dtype=dtype)
     wide = torch.ones(rows, k), torch.eye(k).repeat(2, 1, 1)
-    through_a = cuda.backward(ones[:, :1].expand(1, rows), ones, zero, *wide, *factors, tau, False, True)[1]
+    masks.append(cuda.backward(ones[:, :1].expand(1, rows), ones, zero, *wide, *factors, tau, False, True)[1])
     wanted = sf.gate_mask(p, q, gate_bias, sizes=sizes, noise=noise, dtype=dtype).float()
-    for mask in (forward, through_x, through_a):
+    for mask in masks:
         assert torch.equal(mask, wanted)
     assert 0.2 < wanted.mean() < 0.8
 

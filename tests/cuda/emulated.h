@@ -1,7 +1,8 @@
 // A GPU for a plain compiler: csrc/cuda/ptx.h lane by lane, from the PTX ISA's tables, and the threads of a block as fibers.
 //
 // A block's threads take turns, each until it needs the others. Shared memory starts as not-a-number; asynchronous copies and
-// products happen when they are waited for and not before, so that a missing wait shows; 16-byte accesses must be aligned.
+// products happen when they are waited for and not before, so that a missing wait shows, or copies happen at once, so that it
+// shows where they overwrite what is still needed; 16-byte accesses must be aligned.
 #pragma once
 
 #include <ucontext.h>
@@ -49,7 +50,9 @@ struct Meeting {
 struct Copy {
   void* to;
   const void* from;
+  uint32_t bytes;
   bool exists;
+  void happen() const { exists ? memcpy(to, from, bytes) : memset(to, 0, bytes); }
 };
 
 // one lane's share of a product of four warps: what its warp's lanes gave as operand A, and where its sums are
@@ -66,7 +69,6 @@ struct Bulk {
   bool open = false;
   int64_t expected = 0, sent = 0, phase = 0;
   std::vector<Copy> copies;
-  std::vector<uint32_t> sizes;
 };
 
 struct Fiber {
@@ -140,10 +142,12 @@ inline void enter() {
   swapcontext(&block->now->context, &block->scheduler);
 }
 
-// The threads of a block take their turns in this order. `ahead`: a warp takes many turns before the next one takes any, and
-// gets as far as it can without the others.
+// The threads of a block take their turns in this order, and so do blocks. `ahead`: a warp takes many turns before the next one
+// takes any, and gets as far as it can without the others.
 enum class Order { forward, backward, ahead };
 inline Order order = Order::forward;
+// whether an asynchronous copy happens at once
+inline bool early = false;
 // whether the kernels of sm_90a run
 inline bool hopper = false;
 
@@ -207,18 +211,23 @@ void launch(void (*kernel)(Arguments), int64_t x, int64_t y, int64_t z, int thre
             const Arguments& arguments) {
   std::vector<std::unique_ptr<char[]>> stacks;
   const Call<Arguments> call{kernel, &arguments};
-  for (int64_t c = 0; c < z; ++c) {
-    for (int64_t b = 0; b < y; ++b) {
-      for (int64_t a = 0; a < x; ++a) {
-        block_index = {static_cast<unsigned>(a), static_cast<unsigned>(b), static_cast<unsigned>(c)};
-        run_block(threads, shared_bytes, Call<Arguments>::run, &call, stacks);
-      }
-    }
+  const int64_t blocks = x * y * z;
+  for (int64_t turn = 0; turn < blocks; ++turn) {
+    const int64_t at = order == Order::backward ? blocks - 1 - turn : turn;
+    block_index = {static_cast<unsigned>(at % x), static_cast<unsigned>(at / x % y), static_cast<unsigned>(at / x / y)};
+    run_block(threads, shared_bytes, Call<Arguments>::run, &call, stacks);
   }
 }
 
 inline void check_aligned(const void* pointer) {
   if (reinterpret_cast<uintptr_t>(pointer) % 16) fail("a 16-byte access is not aligned");
+}
+
+// a copy that happens now, or once those of `pending` do
+inline void send(const Copy& copy, std::vector<Copy>& pending) {
+  check_aligned(copy.to);
+  check_aligned(copy.from);
+  early ? copy.happen() : pending.push_back(copy);
 }
 
 }  // namespace stamina::cuda::emulated
@@ -245,16 +254,14 @@ inline uint4 load16(const void* from) {
 }
 
 inline void copy16(void* to, const void* from, bool exists) {
-  emulated::check_aligned(to);
-  emulated::check_aligned(from);
-  emulated::block->now->groups.back().push_back({to, from, exists});
+  emulated::send({to, from, 16, exists}, emulated::block->now->groups.back());
 }
 inline void end_copies() { emulated::block->now->groups.emplace_back(); }
 template <int COUNT>
 void copies_left() {
   auto& groups = emulated::block->now->groups;
   while (groups.size() > COUNT + 1) {
-    for (const auto& copy : groups.front()) copy.exists ? memcpy(copy.to, copy.from, 16) : memset(copy.to, 0, 16);
+    for (const auto& copy : groups.front()) copy.happen();
     groups.erase(groups.begin());
   }
 }
@@ -269,12 +276,9 @@ inline void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   bulk.expected += bytes;
 }
 inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
-  emulated::check_aligned(to);
-  emulated::check_aligned(from);
   if (bytes % 16) emulated::fail("a bulk copy of no multiple of 16 bytes");
   emulated::Bulk& bulk = emulated::block->barriers.at(barrier);
-  bulk.copies.push_back({to, from, true});
-  bulk.sizes.push_back(bytes);
+  emulated::send({to, from, bytes, true}, bulk.copies);
   bulk.sent += bytes;
 }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -282,7 +286,7 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   // done where the phase under way has the other parity
   while (bulk.phase % 2 == parity) {
     if (bulk.open && bulk.sent == bulk.expected) {
-      for (size_t n = 0; n < bulk.copies.size(); ++n) memcpy(bulk.copies[n].to, bulk.copies[n].from, bulk.sizes[n]);
+      for (const auto& copy : bulk.copies) copy.happen();
       const int64_t phase = bulk.phase + 1;
       bulk = {};
       bulk.phase = phase;
@@ -342,9 +346,9 @@ void product(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   multiply<T>(d, a, b0, b1);
 }
 
-// wgmma.m64nNk16 with N = 8 TILES, operand A in registers: PTX ISA, "Register fragments" and "Matrix descriptor". Operand B lies
-// in matrices of 8 by 8 without swizzling: bits 0 to 13 of the descriptor say where the first one is, 16 to 29 how far the next
-// eight k are from it, 32 to 45 how far the next eight columns, in units of 16 bytes.
+// wgmma.m64nNk16 with N = 8 TILES, operand A in registers: PTX ISA, "Register fragments" and "Matrix descriptor". Operand B
+// lies in matrices of 8 by 8 without swizzling: bits 0 to 13 of the descriptor say where the first one is, 16 to 29 how far the
+// next eight k are from it, 32 to 45 how far the next eight columns, in units of 16 bytes.
 template <class T, int TILES>
 void multiply_async(float (&d)[TILES][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   if (!emulated::block->now->fenced) emulated::fail("a product of four warps before a fence");
