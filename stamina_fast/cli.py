@@ -113,7 +113,7 @@ def train(
     prior_weight: Annotated[float, typer.Option(min=0, help="Of class pictures (class_data_dir); 0: none.")] = 0.0,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Convolutions in channels-last order.")] = False,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile of the U-Net's repeating blocks.")] = False,
-    attention: Annotated[str, typer.Option(help="sdpa, math, flash, efficient, cudnn or xformers.")] = "sdpa",
+    attention: Annotated[str, typer.Option(help="sdpa, math, flash, efficient, cudnn, xformers, or measured.")] = "sdpa",
     cache_latents: Annotated[Path | None, typer.Option(help="Folder that keeps encoded pictures for other runs.")] = None,
     capture: Annotated[bool | None, typer.Option(help="The step as one CUDA graph. Default: where there is a GPU.")] = None,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints within a concept; 0: none.")] = 0,

@@ -19,6 +19,7 @@ from ..io.files import new_folder, read_bytes, sha256
 from ..io.images import load_image
 from ..io.run import Checkpoint, Run
 from ..seeds import derive_seed
+from .attention import fastest_kernel
 from .backbone import Backbone, frozen, load_pipeline, no_bars, resolution_of
 from .capture import Captured, recorder
 from .checkpoint import restore_, state
@@ -69,6 +70,9 @@ def train(
             "stamina": config.to_dict(), "train": options.as_dict(),
             "concepts": [describe(*both, options.prior_weight > 0) for both in zip(concepts, pictures, strict=True)],
         }
+        if options.attention == "measured":
+            record["measured"] = {"attention": attention_of(Path(output), resume, pipeline, options, ranks)}
+            options = dataclasses.replace(options, **record["measured"])
         ranks.connect(pipeline.unet.device)
         with frozen(pipeline), prepared(pipeline.unet, options):
             adapters = attach(pipeline, config)
@@ -83,6 +87,19 @@ def train(
         if ranks.rank == 0:
             save_model(pipeline, run)
     return run
+
+
+def attention_of(output: Path, resume: bool, pipeline, options: TrainOptions, ranks: Ranks) -> str:
+    """The kernel that "measured" stands for: the fastest where rank 0 is, or that of the run in `output` which goes on."""
+    if ranks.rank:
+        return ranks.meet()[0]
+    resumed = resume and (output / "manifest.json").is_file()
+    found = Run.open(output).config.get("measured", {}).get("attention") if resumed else None
+    if found is None:
+        rows = options.batch // options.accumulate * (2 if options.prior_weight else 1)
+        side = (options.resolution or resolution_of(pipeline)) // pipeline.vae_scale_factor
+        found = fastest_kernel(pipeline.unet, rows, side, pipeline.tokenizer.model_max_length)
+    return ranks.meet(found)[0]
 
 
 def open_run(output: Path, record: dict, resume: bool, ranks: Ranks) -> Run:

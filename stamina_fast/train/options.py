@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 
 from ..errors import InputError
 
-# "sdpa": torch chooses; then its kernels by name, and a library of its own
-ATTENTION = ("sdpa", "math", "flash", "efficient", "cudnn", "xformers")
+# "sdpa": torch chooses; then its kernels by name, a library of its own, and whichever kernel is fastest here
+ATTENTION = ("sdpa", "math", "flash", "efficient", "cudnn", "xformers", "measured")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -32,9 +32,10 @@ class TrainOptions:
     seed                    of everything random, with the task and the step
     accumulate              parts in which the batch goes through the model, one after another: less memory, more time
     gradient_checkpointing  the U-Net recomputes its activations: less memory, more time
-    channels_last           the U-Net's convolutions in channels-last order: faster on GPUs with tensor cores
-    compile                 torch.compile of the U-Net's repeating blocks: a minute once, for faster steps
-    attention               "sdpa": torch chooses; one of its kernels, "math", "flash", "efficient" or "cudnn"; or "xformers"
+    channels_last           the U-Net's convolutions in channels-last order, the one that tensor cores read
+    compile                 torch.compile of the U-Net's repeating blocks, which takes a minute or more once
+    attention               "sdpa": torch chooses; one of its kernels, "math", "flash", "efficient" or "cudnn"; "xformers"; or
+                            "measured": the fastest kernel here, which the run keeps when it is resumed
     cache_latents           folder that keeps encoded pictures for another run; None: they are encoded again
     read_every              steps between two looks of the host at losses and non-finite values (each waits for the device)
     save_every              steps between two checkpoints, from which --resume goes on within a concept; 0: none

@@ -7,19 +7,15 @@ import functools
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import InputError
+from .attention import KERNELS, check_kernel
 from .options import TrainOptions
 
 # blocks that are compiled each by itself: they repeat, so that few programs serve them all
 REGIONS = ("BasicTransformerBlock", "ResnetBlock2D")
-KERNELS = {
-    "math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
 
 
 @contextlib.contextmanager
@@ -76,20 +72,6 @@ def with_xformers(unet) -> Iterator[None]:
         yield
     finally:
         unet.disable_xformers_memory_efficient_attention()
-
-
-def check_kernel(unet, attention: str) -> None:
-    """Raise InputError unless this kernel can run every head size of the U-Net, forward and backward."""
-    heads = {module.inner_dim // module.heads for module in unet.modules() if hasattr(module, "processor")}
-    for size in sorted(heads):
-        x = torch.zeros(1, 1, 64, size, device=unet.device, dtype=unet.dtype, requires_grad=True)
-        try:
-            with sdpa_kernel(KERNELS[attention]):
-                F.scaled_dot_product_attention(x, x, x).sum().backward()
-        except RuntimeError as error:
-            raise InputError(
-                f"attention {attention!r} cannot run here, with heads of {size} in {unet.dtype} on {unet.device}; choose sdpa"
-            ) from error
 
 
 @contextlib.contextmanager

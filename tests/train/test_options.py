@@ -1,6 +1,8 @@
 """Options around the step: class pictures, kept latents, the U-Net's memory order, kernels and compiler."""
 
 import json
+import logging
+import types
 
 import pytest
 import tinypipes
@@ -9,9 +11,10 @@ from tinyruns import assert_same, run, tensors, write_concepts
 
 from stamina_fast.errors import FileError, InputError
 from stamina_fast.io.concepts import Concept, load_concepts
-from stamina_fast.train import latents, loop
+from stamina_fast.train import attention, latents, loop
+from stamina_fast.train.attention import check_kernel
 from stamina_fast.train.step import Feed
-from stamina_fast.train.unet import REGIONS, check_kernel, with_compiled_regions
+from stamina_fast.train.unet import REGIONS, stepping, with_compiled_regions
 
 CPU = torch.device("cpu")
 
@@ -107,6 +110,50 @@ def test_memory_order_and_kernel_change_roundings_alone(change, three, uninterru
     # a plain U-Net again
     assert {name: tensor.stride() for name, tensor in pipeline.unet.state_dict().items()} == before
     assert type(pipeline.unet).from_pretrained(tmp_path / "run" / "model", subfolder="unet").conv_in.weight.is_contiguous()
+
+
+def test_the_measured_attention_is_the_fastest_and_the_run_keeps_it(three, tmp_path, monkeypatch, caplog):
+    asked, used, times = [], [], {"math": 2.0, "flash": 1.0}
+
+    class Timed(attention.Attention):
+        def __init__(self, shape, *others):
+            super().__init__(shape, *others)
+            self.shape = shape
+
+        def seconds(self, kernel):
+            asked.append((kernel, self.shape))
+            return times[kernel]
+
+    monkeypatch.setattr(attention, "Attention", Timed)
+    monkeypatch.setattr(loop, "stepping", lambda unet, options: used.append(options.attention) or stepping(unet, options))
+    options = {"steps": 1, "attention": "measured", "accumulate": 2}
+    with caplog.at_level(logging.INFO, "stamina_fast"), pytest.raises(KeyboardInterrupt):
+        run(tinypipes.sd15(), three, tmp_path / "run", on_task=interrupt, **options)
+    # one picture a pass, to itself and to a prompt, at the level that has attention; a CPU has no other kernels
+    shapes = [(1, 2, 64, 64, 8), (1, 2, 64, 24, 8)]
+    assert asked == [(kernel, shape) for kernel in ("math", "flash") for shape in shapes]
+    assert "attention flash, measured: math 4e+03 ms, flash 2e+03 ms" in caplog.messages
+    # it goes on with what it has, whatever would be faster now
+    times["math"] = 0.5
+    made = run(tinypipes.sd15(), three, tmp_path / "run", resume=True, **options)
+    assert (made.config["train"]["attention"], made.config["measured"]) == ("measured", {"attention": "flash"})
+    assert used == ["flash"] * 3
+    assert len(asked) == 4
+    with pytest.raises(InputError, match="attention was 'measured', is 'flash'"):
+        run(tinypipes.sd15(), three, tmp_path / "run", resume=True, **options | {"attention": "flash"})
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def test_a_measurement_takes_time_and_finds_a_kernel_that_can():
+    attend = attention.Attention(attention.Shape(1, 2, 64, 16, 8), CPU, torch.float32)
+    assert 0 < attend.seconds("math") < 1
+    assert attention.fastest_kernel(tinypipes.sd21().unet, 1, 8, 16) in ("math", "flash")
+    # another process than the first takes what that one says
+    second = types.SimpleNamespace(rank=1, meet=lambda: ["math", ""])
+    assert loop.attention_of(None, False, None, None, second) == "math"
 
 
 def test_what_cannot_attend_here_is_refused_in_one_line(three, tmp_path):

@@ -287,7 +287,7 @@ def two(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("kind", "changes"), [
-    ("sd15", {"method": "c-stamina", "sparsity_weight": 0.1}), ("sdxl", {"batch": 2, "accumulate": 2}),
+    ("sd15", {"method": "c-stamina", "sparsity_weight": 0.1}), ("sdxl", {"batch": 2, "accumulate": 2, "attention": "measured"}),
 ], ids=["sd15", "sdxl"])
 def test_two_processes_are_one_of_twice_the_batch(kind, changes, two, tmp_path):
     codes, said = start(tmp_path, 2, learn, kind, two, tmp_path / "run", tmp_path / "rank", changes)

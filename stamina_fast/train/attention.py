@@ -1,0 +1,102 @@
+"""Which kernel of torch's attention a U-Net trains with: by name, or the one that is fastest here."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.benchmark import Timer
+
+from ..errors import InputError
+
+KERNELS = {
+    "math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+log = logging.getLogger("stamina_fast")
+
+
+class Shape(NamedTuple):
+    """Of one attention: queries [batch, heads, tokens, size], keys and values [batch, heads, keys, size]."""
+
+    batch: int
+    heads: int
+    tokens: int
+    keys: int
+    size: int
+
+
+class Attention:
+    """Attention of one shape on random inputs, forward and backward, with a kernel by name."""
+
+    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype):
+        batch, heads, tokens, keys, size = shape
+        draw = torch.Generator(device=device).manual_seed(0)
+        self.inputs = [
+            torch.randn(batch, heads, n, size, generator=draw, device=device, dtype=dtype).requires_grad_()
+            for n in (tokens, keys, keys)
+        ]
+
+    def __call__(self, kernel: str) -> None:
+        """Raises RuntimeError where the kernel cannot."""
+        with sdpa_kernel(KERNELS[kernel]):
+            out = F.scaled_dot_product_attention(*self.inputs)
+            torch.autograd.grad(out, self.inputs, torch.ones_like(out))
+
+    def seconds(self, kernel: str) -> float:
+        """The median time, launches and the wait for the device included."""
+        # the timer would take one thread otherwise
+        names, threads = {"attend": self, "kernel": kernel}, torch.get_num_threads()
+        return Timer("attend(kernel)", globals=names, num_threads=threads).blocked_autorange(min_run_time=0.1).median
+
+
+def check_kernel(unet, kernel: str) -> None:
+    """Raise InputError unless this kernel can run every head size of the U-Net, forward and backward."""
+    heads = {module.inner_dim // module.heads for module in unet.modules() if hasattr(module, "processor")}
+    for size in sorted(heads):
+        try:
+            Attention(Shape(1, 1, 64, 64, size), unet.device, unet.dtype)(kernel)
+        except RuntimeError as error:
+            raise InputError(
+                f"attention {kernel!r} cannot run here, with heads of {size} in {unet.dtype} on {unet.device}; choose sdpa"
+            ) from error
+
+
+def attentions(unet, batch: int, side: int, words: int) -> Counter[Shape]:
+    """How many attentions of each shape the way down has, for latents of side x side and prompts of so many tokens.
+
+    The way up has the same shapes, one block more of each.
+    """
+    found = Counter()
+    for level, block in enumerate(unet.down_blocks):
+        tokens = (side // 2**level) ** 2
+        for module in block.modules():
+            if hasattr(module, "processor"):
+                keys = words if module.is_cross_attention else tokens
+                found[Shape(batch, module.heads, tokens, keys, module.inner_dim // module.heads)] += 1
+    return found
+
+
+def fastest_kernel(unet, batch: int, side: int, words: int) -> str:
+    """The kernel with which the attentions of one pass take the least time on this device; says what it found.
+
+    Only torch's own take part: a library that replaces the U-Net's attention is asked for by name.
+    """
+    sums = {}
+    for kernel in KERNELS:
+        try:
+            check_kernel(unet, kernel)
+        except InputError:
+            continue
+        sums[kernel] = sum(
+            count * Attention(shape, unet.device, unet.dtype).seconds(kernel)
+            for shape, count in attentions(unet, batch, side, words).items()
+        )
+    best = min(sums, key=sums.get)
+    times = ", ".join(f"{kernel} {1e3 * time:.3g} ms" for kernel, time in sums.items())
+    log.info("attention %s, measured: %s", best, times)
+    return best
