@@ -46,10 +46,11 @@ def named(mangled: str) -> tuple[str, str]:
     """("forward", "bf16, ranks to 16, noise") of a mangled name."""
     kernel = re.search(r"\d+([a-z_]+)_kernel", mangled)[1]
     dtype = "bf16" if "4Bf16" in mangled else "fp16" if "4Half" in mangled else "fp32"
-    flags = re.search(r"_kernelI.*?E((?:Lb[01]E)*)E", mangled)[1]
+    flags = re.search(r"_kernelI.*?E((?:Lb[01]E|Li\d+E)*)E", mangled)[1]
     words = [("ranks over 16", "ranks to 16"), ("", "noise" if kernel.startswith("forward") else "penalties")]
     chosen = [names[int(flag)] for names, flag in zip(words, re.findall(r"Lb([01])E", flags), strict=False)]
-    return kernel, ", ".join([dtype, *filter(None, chosen)])
+    tiles = [f"{8 * int(count)} tokens" for count in re.findall(r"Li(\d+)E", flags)]
+    return kernel, ", ".join([dtype, *filter(None, chosen), *tiles])
 
 
 def rows_of(library: Path) -> list[dict]:

@@ -36,8 +36,8 @@ def test_a_hopper_kernel_without_its_means_is_found():
 @pytest.mark.parametrize(("mangled", "wanted"), [
     (NAME, ("factors", "fp16, ranks to 16")),
     (NAME.replace("ELb1ELb0E", "ELb0ELb1E"), ("factors", "fp16, ranks over 16, penalties")),
-    (NAME.replace("14factors", "21forward_hopper").replace("ELb1ELb0E", "ELb1ELb1E"),
-     ("forward_hopper", "fp16, ranks to 16, noise")),
+    (NAME.replace("14factors", "21forward_hopper").replace("ELb1ELb0E", "ELb1ELb1ELi20E"),
+     ("forward_hopper", "fp16, ranks to 16, noise, 160 tokens")),
     ("_ZN7stamina4cuda10sum_kernelIfEEvNS0_12SumArgumentsIT_EE", ("sum", "fp32")),
 ])
 def test_names(mangled, wanted):
