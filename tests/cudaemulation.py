@@ -13,13 +13,13 @@ EMULATION = Path(__file__).parent / "cuda"
 COMPILER = shutil.which("g++") or shutil.which("c++")
 
 
-def build(folder: Path) -> Path:
-    """The operators of stamina_fast/cuda.py for tensors of the CPU, as a library in `folder`."""
+def build(folder: Path, *more: str) -> Path:
+    """The operators of stamina_fast/cuda.py for tensors of the CPU, as a library in `folder`, with `more` flags."""
     torch_folder = Path(torch.__file__).parent
     flags = [
         "-std=c++17", "-O1", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror",
         "-Wno-unknown-pragmas", f'-DSTAMINA_EMULATED="{EMULATION}/emulated.h"', "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        "-isystem", str(torch_folder / "include"),
+        "-isystem", str(torch_folder / "include"), *more,
     ]  # fmt: skip
     sources = [*sorted(SOURCES.glob("*.cu")), SOURCES / "bindings.cpp", EMULATION / "choices.cpp"]
 
@@ -34,6 +34,6 @@ def build(folder: Path) -> Path:
     with ThreadPoolExecutor(2) as workers:
         objects = list(workers.map(compiled, sources))
     library = folder / "emulated_cuda.so"
-    link = [COMPILER, "-shared", "-o", str(library), *map(str, objects), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
+    link = [COMPILER, "-shared", *more, "-o", str(library), *map(str, objects), f"-L{torch_folder / 'lib'}", "-ltorch_cpu"]
     subprocess.run(link, check=True)
     return library

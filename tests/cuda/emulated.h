@@ -96,6 +96,7 @@ struct Block {
   unsigned char* shared = nullptr;
   ucontext_t scheduler;
   Fiber* now = nullptr;
+  int64_t steps = 0;  // what threads did but wait
   void (*body)(const void*) = nullptr;
   const void* arguments = nullptr;
 };
@@ -115,6 +116,7 @@ inline void others() {
 }
 
 inline void meet(Meeting& meeting, int expected) {
+  ++block->steps;
   const int64_t round = meeting.round;
   if (++meeting.arrived == expected) {
     meeting.arrived = 0;
@@ -139,6 +141,7 @@ inline const uint32_t (*exchange(const uint32_t* words, int count))[8] {
 inline void enter() {
   block->body(block->arguments);
   block->now->done = true;
+  ++block->steps;
   swapcontext(&block->now->context, &block->scheduler);
 }
 
@@ -197,11 +200,13 @@ inline void run_block(int threads, int shared_bytes, void (*body)(const void*), 
   constexpr int AHEAD = 256;
   for (int left = threads; left;) {
     left = 0;
+    const int64_t steps = current.steps;
     for (int first = 0; first < threads; first += LANE_COUNT) {
       int here = turns_of_a_warp(first);
       for (int more = 0; order == Order::ahead && more < AHEAD && here; ++more) here = turns_of_a_warp(first);
       left += here;
     }
+    if (current.steps == steps) fail("all threads wait for each other");
   }
   block = nullptr;
 }
@@ -287,6 +292,7 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   while (bulk.phase % 2 == parity) {
     if (bulk.open && bulk.sent == bulk.expected) {
       for (const auto& copy : bulk.copies) copy.happen();
+      ++emulated::block->steps;
       const int64_t phase = bulk.phase + 1;
       bulk = {};
       bulk.phase = phase;
