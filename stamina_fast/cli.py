@@ -104,6 +104,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps a concept.")] = 500,
     rank: Annotated[int | None, typer.Option(min=1, help="Of the residual A B; default: the method's own.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Pictures a step.")] = None,
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit or prodigy.")] = "adamw",
     learning_rate: Annotated[float | None, typer.Option(help="Of the factors and masks.")] = None,
     scale_lr: Annotated[bool, typer.Option("--scale-lr", help="Learning rates times batch, times processes, over 4.")] = False,
     seed: Seed = 0,
@@ -130,7 +131,7 @@ def train(
     run(
         model, concepts, output, method=method, steps=steps, seed=seed, resume=resume, accumulate=accumulate, compile=compile,
         gradient_checkpointing=gradient_checkpointing, prior_weight=prior_weight, channels_last=channels_last,
-        attention=attention, save_every=save_every, scale_lr=scale_lr, **given,
+        attention=attention, optimizer=optimizer, save_every=save_every, scale_lr=scale_lr, **given,
     )
     if rank_here() == 0:
         typer.echo(f"{output / 'model'} is a plain diffusers pipeline; stamina-fast evaluate {output} measures what it learned")

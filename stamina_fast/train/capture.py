@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -22,7 +22,7 @@ class CudaRecorder:
     def __init__(self, device: torch.device):
         self.device, self.stream, self.graph = device, torch.cuda.Stream(device), None
 
-    def warm(self, step: Step) -> None:
+    def warm(self, step: Callable[[], None]) -> None:
         """Run a step where it will be recorded, so that what libraries keep for a stream is there."""
         here = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(here)
@@ -30,7 +30,7 @@ class CudaRecorder:
             step()
         here.wait_stream(self.stream)
 
-    def record(self, step: Step) -> None:
+    def record(self, step: Callable[[], None]) -> None:
         """Write the launches of a step down; nothing runs. An older graph, and its memory, is given up first."""
         self.graph = None
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
@@ -62,7 +62,8 @@ class Captured:
     The first `WARM` steps are steps like any other and recording runs nothing, so that no step is done twice and nothing has
     to be put back. A recording reads and writes fixed addresses: they are compared at the start of every task, and where one
     has changed (the folded past of the forgetting penalty appears with the first fold) the step is recorded again. What
-    cannot be recorded is said once, and training goes on step by step with the same bits.
+    cannot be recorded is said once, and training goes on step by step with the same bits. An optimizer that keeps numbers on
+    the host is not recorded: it makes its step behind the recording of everything else.
 
     tasks       how many tasks there will be at most
     recordings  how often the step was recorded
@@ -70,6 +71,9 @@ class Captured:
 
     def __init__(self, step: Step, recorder: CudaRecorder | None, tasks: int):
         self.step, self.recorder = step, recorder
+        self.recorded = step if step.optimizer.capturable else step.gradient_
+        if recorder is not None and not step.optimizer.capturable:
+            log.warning("the optimizer counts on the host: its step cannot be captured, and runs behind the captured rest")
         encoders = step.backbone.encoders if recorder is not None else []
         self.tables = Tables([encoder.get_input_embeddings() for encoder in encoders], tasks)
         self.warmed = self.recordings = 0
@@ -84,17 +88,25 @@ class Captured:
 
     def __call__(self) -> None:
         if self.recorder is None:
-            return self.step()
+            self.step()
+            return
+        self._run()
+        if self.recorded is not self.step:
+            self.step.optimizer.step_()
+
+    def _run(self) -> None:
+        """What is recorded, replayed where it is."""
         if self.warmed < WARM:
             self.warmed += 1
-            return self.recorder.warm(self.step)
-        if self.addresses is None and not self._record():
-            return self.step()
-        return self.recorder.replay()
+            self.recorder.warm(self.recorded)
+        elif self.addresses is None and not self._record():
+            self.recorded()
+        else:
+            self.recorder.replay()
 
     def _record(self) -> bool:
         try:
-            self.recorder.record(self.step)
+            self.recorder.record(self.recorded)
         except Exception as error:
             # a step that is wrong in itself raises again, uncaptured
             log.warning("the training step cannot be captured and runs uncaptured: %s", reason(error))

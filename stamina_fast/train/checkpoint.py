@@ -37,15 +37,16 @@ def restore_(step: Step, done: int, tensors: dict[str, Tensor]) -> tuple[dict[in
         first = wrong[0] if wrong else "density"
         raise FileError(f"the checkpoint after step {done} does not fit: {first!r} is {given.get(first, 'missing')}, must be "
                         f"{wanted.get(first, 'there')}; restore the run from a copy, or start it anew")
-    for name, tensor in kept.items():
-        tensor.copy_(tensors[name])
+    for name, view in zip(step.optimizer.names, step.optimizer.values, strict=True):
+        view.copy_(tensors[f"value.{name}"])
+    step.optimizer.restore_({name: tensors[f"moment.{name}"] for name in step.optimizer.moments()})
     step.losses[:done].copy_(tensors["losses"])
     step.buffers.clock.fill_(done)
     return {int(at): value for at, value in tensors["density"].tolist()}, tensors["seconds"].item()
 
 
 def _kept(step: Step) -> dict[str, Tensor]:
-    """The tensors in force that a state holds copies of."""
+    """What a state holds of parameters and optimizer."""
     optimizer = step.optimizer
     values = {f"value.{name}": view for name, view in zip(optimizer.names, optimizer.values, strict=True)}
     return values | {f"moment.{name}": moment for name, moment in optimizer.moments().items()}

@@ -54,9 +54,20 @@ class Optimizer:
     The moments exist from the start and are written in place for good, so that a captured step finds them where they were.
     """
 
+    # nothing that changes from step to step is kept by the host
+    capturable = True
+
     def __init__(self, rates: list[tuple[Flat, float]], betas: tuple[float, float], weight_decay: float):
         rates = [(flat, rate) for flat, rate in rates if len(flat)]
         self.flats, self.peaks = [flat for flat, _ in rates], [rate for _, rate in rates]
+        self.names = [name for flat in self.flats for name in flat.names]
+        self.grads = [grad for flat in self.flats for grad in flat.grad_views]
+        self.values = [view for flat in self.flats for view in flat.views]
+        self._start(betas, weight_decay)
+        self.reset_()
+        self.set_rate_(1.0)
+
+    def _start(self, betas: tuple[float, float], weight_decay: float) -> None:
         device = self.flats[0].values.device
         self.rates = [torch.tensor(rate, device=device) for rate in self.peaks]
         groups = [{"params": [flat.values], "lr": lr} for flat, lr in zip(self.flats, self.rates, strict=True)]
@@ -65,14 +76,9 @@ class Optimizer:
         self.adamw = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=True, capturable=capturable)
         # and else warns at the first step that is not, such as those before a capture
         self.adamw._warned_capturable_if_run_uncaptured = True
-        self.names = [name for flat in self.flats for name in flat.names]
-        self.grads = [grad for flat in self.flats for grad in flat.grad_views]
-        self.values = [view for flat in self.flats for view in flat.views]
         # torch makes the moments in the first step: here one that moves nothing
         self.set_rate_(0.0)
         self.adamw.step()
-        self.reset_()
-        self.set_rate_(1.0)
 
     def reset_(self) -> None:
         """Forget the moments and the step count, in place."""
@@ -86,6 +92,15 @@ class Optimizer:
         """What the optimizer remembers from step to step, "I.KEY" for its I-th vector: the count of steps, and the moments."""
         states = [self.adamw.state[flat.values] for flat in self.flats]
         return {f"{i}.{key}": value for i, state in enumerate(states) for key, value in sorted(state.items())}
+
+    def restore_(self, moments: dict[str, Tensor]) -> None:
+        """Put back what `moments` returned in a step of the same task."""
+        for name, moment in self.moments().items():
+            moment.copy_(moments[name])
+
+    def tensors(self) -> list[Tensor]:
+        """What `step_` reads and writes beside parameters and gradients."""
+        return [*self.moments().values(), *self.rates]
 
     def set_rate_(self, factor: float) -> None:
         for rate, peak in zip(self.rates, self.peaks, strict=True):

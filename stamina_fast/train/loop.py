@@ -24,8 +24,9 @@ from .backbone import Backbone, frozen, load_pipeline, no_bars, resolution_of
 from .capture import Captured, recorder
 from .checkpoint import restore_, state
 from .diffusion import Diffusion
-from .flat import Flat, Optimizer
+from .flat import Flat
 from .latents import LatentBank, cached, encode, variants
+from .optimizers import check_optimizer, make_optimizer
 from .options import TrainOptions
 from .progress import Reporter
 from .ranks import Ranks, digest, together
@@ -57,6 +58,7 @@ def train(
     StaminaError in one line; a concept whose numbers stop being finite is rolled back, and the concepts before it are kept.
     """
     config, options = settings(method, config or StaminaConfig(), options or TrainOptions(), changes)
+    check_optimizer(options.optimizer)
     with together() as ranks:
         concepts = load_concepts(Path(concepts)) if isinstance(concepts, str | Path) else list(concepts)
         if not concepts:
@@ -274,9 +276,8 @@ class Trainer:
         named = [(name, p) for name, p in self.adapters.named_parameters() if p.requires_grad]
         token = [(name, p) for name, p in named if name.startswith("token")]
         other = [(name, p) for name, p in named if not name.startswith("token")]
-        scale = self.options.scale(self.ranks.count)
-        rates = [(Flat(other), self.options.learning_rate * scale), (Flat(token), self.options.token_learning_rate * scale)]
-        optimizer = Optimizer(rates, self.options.betas, self.options.weight_decay)
+        rates = list(zip((Flat(other), Flat(token)), self.options.learning_rates(self.ranks.count), strict=True))
+        optimizer = make_optimizer(self.options.optimizer, rates, self.options.betas, self.options.weight_decay)
         parts, prior = self.options.accumulate, self.options.prior_weight
         rows = self.options.batch * (2 if prior else 1)
         buffers = Buffers.empty(rows, shape, lengths, self.device)

@@ -9,6 +9,7 @@ from ..errors import InputError
 
 # "sdpa": torch chooses; then its kernels by name, a library of its own, and whichever kernel is fastest here
 ATTENTION = ("sdpa", "math", "flash", "efficient", "cudnn", "xformers", "measured")
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -17,11 +18,13 @@ class TrainOptions:
     """Everything about training that is not the method itself (that is `StaminaConfig`).
 
     steps, batch            optimizer steps of a concept, and pictures in a step, of each process where there are several
-    learning_rate           of the low-rank factors and the masks; AdamW
-    token_learning_rate     of the MLP that makes the concept's token
+    optimizer               "adamw"; "adamw8bit": its moments in 8 bits (bitsandbytes); "prodigy": finds the size of its steps
+                            itself (prodigyopt, arXiv 2306.06101). A CUDA graph holds the whole step with the first alone
+    learning_rate           of the low-rank factors and the masks; None: 1e-3; with prodigy a factor on what it finds, None: 1
+    token_learning_rate     of the MLP that makes the concept's token; None: 5e-3; with prodigy 1
     scale_lr                both rates are for 4 pictures a step, and grow with them: times batch, times processes, over 4
     lr_schedule, warmup     "constant", "linear" or "cosine" fall to zero over a concept, after `warmup` steps of linear rise
-    betas, weight_decay     of AdamW; the decay pulls the residual to zero, so it is off by default
+    betas, weight_decay     of the optimizer; the decay pulls the residual to zero, so it is off by default
     gradient_clip           largest L2 norm of the whole gradient; None: no clipping
     min_snr                 gamma of min-SNR weighting (5 is usual); None: every timestep counts the same
     resolution              side of the square crops in pixels; None: the model's own
@@ -44,8 +47,9 @@ class TrainOptions:
 
     steps: int = 500
     batch: int = 4
-    learning_rate: float = 1e-3
-    token_learning_rate: float = 5e-3
+    optimizer: str = "adamw"
+    learning_rate: float | None = None
+    token_learning_rate: float | None = None
     scale_lr: bool = False
     lr_schedule: str = "constant"
     warmup: int = 0
@@ -75,8 +79,11 @@ class TrainOptions:
             self._whole(name, 1)
         for name in ("warmup", "seed", "save_every"):
             self._whole(name, 0)
-        for name in ("learning_rate", "token_learning_rate", "weight_decay", "prior_weight"):
+        for name in ("weight_decay", "prior_weight"):
             self._number(name, 0.0)
+        for name in ("learning_rate", "token_learning_rate"):
+            if getattr(self, name) is not None:
+                self._number(name, 0.0)
         for name in ("gradient_clip", "min_snr"):
             if getattr(self, name) is not None:
                 self._number(name, 0.0, strictly=True)
@@ -89,6 +96,8 @@ class TrainOptions:
         for name in ("flip", "gradient_checkpointing", "channels_last", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise InputError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, got {self.optimizer!r}; adamw is the default")
         if self.attention not in ATTENTION:
             raise InputError(f"attention must be one of {', '.join(ATTENTION)}, got {self.attention!r}; sdpa is the default")
         if self.cache_latents is not None:
@@ -127,6 +136,12 @@ class TrainOptions:
     def scale(self, processes: int) -> float:
         """The factor on both learning rates for the pictures of a step; 1 unless `scale_lr`."""
         return self.batch * processes / TrainOptions.batch if self.scale_lr else 1.0
+
+    def learning_rates(self, processes: int) -> tuple[float, float]:
+        """Of factors and masks, and of the token, where so many processes make a step."""
+        usual = (1.0, 1.0) if self.optimizer == "prodigy" else (1e-3, 5e-3)
+        rates = zip((self.learning_rate, self.token_learning_rate), usual, strict=True)
+        return tuple((default if given is None else given) * self.scale(processes) for given, default in rates)
 
     def as_dict(self) -> dict:
         """Plain values for YAML and JSON."""

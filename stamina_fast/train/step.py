@@ -107,7 +107,7 @@ class Feed:
 
 
 class Step:
-    """loss = denoising + sparsity_weight · sparsity + forgetting_weight · forgetting, its gradient, clipping, AdamW.
+    """loss = denoising + sparsity_weight · sparsity + forgetting_weight · forgetting, its gradient, clipping, update.
 
     The batch goes through the model in `accumulate` equal parts, whose gradients are summed: the mask, and so the noise of its
     gate, is one for all of them, and the penalties are counted once. `share` [batch / accumulate] fp32, or None for ones, is
@@ -151,13 +151,17 @@ class Step:
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         for flat in self.optimizer.flats:
             tensors += [flat.values, flat.grads, *flat.views, *flat.grad_views, *(p.grad for p in flat.parameters)]
-        tensors += [*self.optimizer.moments().values(), *self.optimizer.rates, *self.buffers.tensors(), self.losses]
-        tensors += [self.bad, self.bad_step]
+        tensors += [*self.optimizer.tensors(), *self.buffers.tensors(), self.losses, self.bad, self.bad_step]
         if any(self.weights):
             tensors += [stack.past() for stack in self.adapters.stacks]
         return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
     def __call__(self) -> None:
+        self.gradient_()
+        self.optimizer.step_()
+
+    def gradient_(self) -> None:
+        """Everything but the optimizer's step: losses and the clipped gradient."""
         to, optimizer = self.buffers, self.optimizer
         optimizer.zero_grads_()
         sizes = [optimizer.value_norms()]
@@ -174,7 +178,6 @@ class Step:
             self.losses.index_copy_(0, to.clock[None], torch.cat([terms, norm[None]])[None])
             if self.clip is not None:
                 optimizer.scale_grads_((self.clip / (norm + 1e-12)).clamp(max=1))
-            optimizer.step_()
             to.clock.add_(1)
 
     def _pass(self, part: Buffers, first: bool) -> tuple[Tensor, ...]:
