@@ -59,7 +59,8 @@ def commit() -> tuple[str | None, bool | None]:
     # an installed package may lie in somebody else's repository
     if not (ROOT / ".git").exists():
         return None, None
-    changed = output_of("git", "status", "--porcelain", "--untracked-files=no")
+    # but for the results themselves, which a bench writes one after another
+    changed = output_of("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
     return output_of("git", "rev-parse", "HEAD"), None if changed is None else bool(changed)
 
 
