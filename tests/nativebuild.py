@@ -18,9 +18,10 @@ FLAGS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
     "avx512_bf16": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mavx512bf16"],
 }
+INLINE_NOTHING = ["-DSTAMINA_INLINE=inline", "-DSTAMINA_LAMBDA="]
 COMMON = [
     "-std=c++17", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized",
-    "-DSTAMINA_INLINE=inline", "-DSTAMINA_LAMBDA=",
+    *INLINE_NOTHING,
 ]  # fmt: skip
 SANITIZE = ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 

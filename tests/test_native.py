@@ -1,14 +1,17 @@
 """csrc from a plain compiler, under the sanitizers of addresses and undefined behaviour: the headers of csrc/core against the
 specification bit for bit, the whole CPU operator on odd shapes, threads, other processors, and the names that are defined."""
 
+import json
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from nativebuild import CPU, CROSS, FLAGS, GXX, NATIVE, SANITIZE, compiled, is_x86, linked, passed
+from nativebuild import CPU, CROSS, FLAGS, GXX, INLINE_NOTHING, NATIVE, ROOT, SANITIZE, compiled, is_x86, linked, passed
 
 import stamina_fast
 from stamina_fast.noise import GateNoise, halves, uniforms
@@ -111,13 +114,35 @@ def test_threads_share_nothing(tmp_path):
     passed(operator(tmp_path, ["generic"], "-O1", "-fsanitize=thread"), "generic")
 
 
-@pytest.mark.skipif(CROSS is None, reason="no aarch64-linux-gnu-g++ on PATH; Debian: g++-aarch64-linux-gnu")
-def test_compiles_for_aarch64(tmp_path):
-    for source in (CPU / "operator.cpp", CPU / "isa_generic.cpp"):
-        compiled(source, tmp_path / "part.o", "-O0", compiler=CROSS)
+needs_cross = pytest.mark.skipif(CROSS is None, reason="no aarch64-linux-gnu-g++ on PATH; Debian: g++-aarch64-linux-gnu")
 
 
-@pytest.mark.skipif(CROSS is None, reason="no aarch64-linux-gnu-g++ on PATH; Debian: g++-aarch64-linux-gnu")
+@needs_cross
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("ninja")), reason="no cmake and ninja; pip install cmake ninja")
+@pytest.mark.parametrize("flags", [
+    pytest.param(("-O0", *INLINE_NOTHING), id="quick"), pytest.param((), id="as built", marks=pytest.mark.long),
+])
+@pytest.mark.timeout(1200)
+def test_what_is_built_for_aarch64_compiles(tmp_path, flags):
+    """What CMakeLists.txt takes there is the instruction set of every machine; it compiles with torch's headers, no warning."""
+    sources, built = tmp_path / "sources", tmp_path / "built"
+    shutil.copytree(ROOT / "csrc", sources / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", sources)
+    (sources / "stamina_fast").mkdir()
+    machine = {
+        "Python_EXECUTABLE": sys.executable, "CMAKE_SYSTEM_NAME": "Linux", "CMAKE_SYSTEM_PROCESSOR": "aarch64",
+        "CMAKE_CXX_COMPILER": CROSS, "CMAKE_EXPORT_COMPILE_COMMANDS": "ON", "STAMINA_CUDA": "OFF",
+    }  # fmt: skip
+    settings = [f"-D{name}={value}" for name, value in machine.items()]
+    subprocess.run(["cmake", "-S", sources, "-B", built, "-G", "Ninja", *settings], check=True, capture_output=True)
+    commands = json.loads((built / "compile_commands.json").read_text())
+    assert sorted(Path(of["file"]).name for of in commands) == ["bindings.cpp", "isa_generic.cpp", "operator.cpp"]
+    for of in commands:
+        done = subprocess.run([*shlex.split(of["command"]), *flags], cwd=of["directory"], capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@needs_cross
 @pytest.mark.skipif(not shutil.which("qemu-aarch64"), reason="no qemu-aarch64 on PATH; Debian: qemu-user")
 @pytest.mark.long
 @pytest.mark.timeout(900)
