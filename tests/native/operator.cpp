@@ -23,10 +23,10 @@ using Run = std::function<void(const std::function<void()>&)>;
 const std::vector<std::pair<int64_t, Run>> RUNS = {
     {1, [](const auto& body) { body(); }},
     {3, [](const auto& body) { body(), body(), body(); }},
-    {2, [](const auto& body) {
-       std::thread other(body);
+    {3, [](const auto& body) {
+       std::thread others[] = {std::thread(body), std::thread(body)};
        body();
-       other.join();
+       for (std::thread& other : others) other.join();
      }},
 };
 
