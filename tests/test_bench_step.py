@@ -10,10 +10,11 @@ import torch
 from replay import Replay
 from torch import nn
 
-from stamina_fast.bench import machine, step as bench_step, step_arms, step_measure, step_models, step_phases, step_scripts
-from stamina_fast.bench.step_arms import Case, Ours, lesson
-from stamina_fast.bench.step_loops import CustomDiffusion, Lora
-from stamina_fast.bench.step_models import MODELS, Model, build, networks, sharing
+from stamina_fast.bench import machine
+from stamina_fast.bench.step import __main__ as bench_step, arms as step_arms, measure, models, phases, scripts
+from stamina_fast.bench.step.arms import Case, Ours, lesson
+from stamina_fast.bench.step.loops import CustomDiffusion, Lora
+from stamina_fast.bench.step.models import MODELS, Model, build, networks, sharing
 from stamina_fast.errors import InputError
 
 UNET = {
@@ -59,8 +60,8 @@ def test_configurations_are_those_of_the_models():
         "sdxl": {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
     }
     for name, model in MODELS.items():
-        assert step_models.counted(build(model, "meta", torch.float32)) == counts[name]
-        words = step_models.tokenizer(model.vocabulary, model.length)
+        assert models.counted(build(model, "meta", torch.float32)) == counts[name]
+        words = models.tokenizer(model.vocabulary, model.length)
         assert len(words) == 49_408
         assert len(words("a photo of sks").input_ids) < 77
 
@@ -73,7 +74,7 @@ def test_every_arm_trains_on_the_same_draws(model, dtype):
     arms = {name: arm_of(name, case, base, taught) for name in names}
     facts, draws = {}, {}
     for name, arm in arms.items():
-        facts[name] = step_measure.begin(arm)
+        facts[name] = measure.begin(arm)
         buffers = arm.train.buffers if isinstance(arm, Ours) else arm.feed.buffers
         draws[name] = [tensor.clone() for tensor in (buffers.latents, buffers.noise, buffers.t, buffers.frames)]
         if not isinstance(arm, Ours):
@@ -81,14 +82,14 @@ def test_every_arm_trains_on_the_same_draws(model, dtype):
             again = arm.encoded().float()
             scale = buffers.latents.abs().max()
             assert (again - buffers.latents).abs().max() < (1e-4 if dtype == torch.float32 else 5e-2) * scale
-    assert step_measure.judge(list(arms.values()), facts) == []
+    assert measure.judge(list(arms.values()), facts) == []
     for name in names:
         assert all(torch.equal(a, b) for a, b in zip(draws[name], draws["ours"], strict=True)), name
         assert facts[name]["gradient"] > 0
-        assert len(set(facts[name]["losses"])) == step_measure.CHECKED
+        assert len(set(facts[name]["losses"])) == measure.CHECKED
     assert facts["frozen"]["operators"] == facts["lora"]["operators"] == {}
     assert set(facts["reference"]["operators"]) == {"masked_linear/reference", "masked_linear_backward/reference"}
-    assert facts["frozen"]["losses"][0] == pytest.approx(facts["ours"]["losses"][0], rel=step_measure.AGREE[dtype][0])
+    assert facts["frozen"]["losses"][0] == pytest.approx(facts["ours"]["losses"][0], rel=measure.AGREE[dtype][0])
     for arm in arms.values():
         arm.close()
     after = {name: tensor for part in networks(base) for name, tensor in part.state_dict().items()}
@@ -140,10 +141,10 @@ def test_a_captured_arm_is_the_same_step(name, monkeypatch):
     recorder = Replay()
     monkeypatch.setattr(step_arms, "recorder", lambda wanted, device: recorder if wanted else None)
     plain, captured = (Ours(case, taught, sharing(base), name, backend, wanted) for wanted in (False, True))
-    facts = [step_measure.begin(arm) for arm in (plain, captured)]
+    facts = [measure.begin(arm) for arm in (plain, captured)]
     assert facts[0]["losses"] == facts[1]["losses"]
     assert recorder.replayed == 2
-    assert step_measure.judge([captured], {name: facts[1]}) == []
+    assert measure.judge([captured], {name: facts[1]}) == []
     # marks, and then the second concept
     losses = []
     for arm in (plain, captured):
@@ -163,7 +164,7 @@ def test_options_of_the_trainer_reach_our_step(choices):
     case, base, taught = make(choices=choices)
     plain = dataclasses.replace(case, choices={})
     arms = [arm_of("ours", one, base, taught) for one in (plain, case)]
-    losses = [step_measure.begin(arm)["losses"] for arm in arms]
+    losses = [measure.begin(arm)["losses"] for arm in arms]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     weight = arms[1].pipeline.unet.conv_in.weight
     assert weight.is_contiguous(memory_format=torch.channels_last) == ("channels_last" in choices)
@@ -182,8 +183,8 @@ def test_an_arm_that_cannot_be_captured_is_red(monkeypatch):
 
     monkeypatch.setattr(step_arms, "recorder", lambda wanted, device: Broken())
     arm = Ours(case, taught, sharing(base), "frozen", None, captured=True)
-    facts = {"frozen": step_measure.begin(arm)}
-    assert step_measure.judge([arm], facts) == ["frozen was not captured, the log says why"]
+    facts = {"frozen": measure.begin(arm)}
+    assert measure.judge([arm], facts) == ["frozen was not captured, the log says why"]
     arm.close()
 
 
@@ -191,7 +192,7 @@ def test_frozen_is_the_same_step_with_the_token_alone():
     case, base, taught = make()
     arm = arm_of("frozen", case, base, taught)
     arm.start()
-    assert all(type(module) is nn.Linear for module in step_phases.projections_of(arm.pipeline.unet))
+    assert all(type(module) is nn.Linear for module in phases.projections_of(arm.pipeline.unet))
     assert arm.train.optimizer.names
     assert all(name.startswith("tokens.") for name in arm.train.optimizer.names)
     arm.close()
@@ -238,7 +239,7 @@ def test_a_run_measures_every_arm(result):
     assert set(found["arms"]) == NAMES
     for facts in found["arms"].values():
         assert len(facts["times_ms"]) >= 2
-        assert set(facts["phases_ms"]) == set(step_phases.PHASES)
+        assert set(facts["phases_ms"]) == set(phases.PHASES)
         assert facts["launches"]["dispatches"] > 100
         memory = facts["memory"]
         assert memory["peak"] == memory["networks"] + memory["own"] + memory["step"]
@@ -279,10 +280,10 @@ def test_levers_are_listed_with_what_they_are_worth(result):
 
 def test_memory_counts_shared_weights_once():
     case, base, taught = make()
-    common = step_measure.storages(networks(base))
+    common = measure.storages(networks(base))
     arm = arm_of("lora", case, base, taught)
-    held, _ = step_measure.grown(lambda: step_measure.begin(arm), "cpu")
-    found = step_measure.memory(arm, held, common)
+    held, _ = measure.grown(lambda: measure.begin(arm), "cpu")
+    found = measure.memory(arm, held, common)
     assert found["networks"] == sum(common.values())
     trained = sum(parameter.nbytes for parameter in arm.trained)
     # factors and two moments, at least
@@ -296,14 +297,14 @@ def test_an_arm_that_does_not_train_or_strays_is_red():
     good = {"losses": [1.0, 0.9, 0.8], "gradient": 1.0}
     ran = {"reference": {"masked_linear/reference": 3}, "ours": {f"masked_linear/{arms[1].backend}": 3}, "frozen": {}}
     facts = {name: good | {"operators": operators} for name, operators in ran.items()}
-    assert step_measure.judge(arms, facts) == []
+    assert measure.judge(arms, facts) == []
     for name, change in {
         "reference": {"losses": [1.0, float("nan"), 1.0]}, "ours": {"losses": [1.0, 0.9, 0.7]},
         "frozen": {"gradient": 0.0},
     }.items():
-        lines = step_measure.judge(arms, facts | {name: facts[name] | change})
+        lines = measure.judge(arms, facts | {name: facts[name] | change})
         assert any(line.startswith(f"{name} ") for line in lines)
-    assert any("ran the operators" in line for line in step_measure.judge(arms, facts | {"frozen": facts["ours"]}))
+    assert any("ran the operators" in line for line in measure.judge(arms, facts | {"frozen": facts["ours"]}))
 
 
 def test_what_is_not_known_is_refused(capsys):
@@ -342,22 +343,22 @@ assert (pathlib.Path(given.pretrained_model_name_or_path) / "model_index.json").
 def test_diffusers_scripts_run_as_they_are(tmp_path, monkeypatch):
     """A script of the same name and options, since the real one needs more than this machine may have."""
     case, base, taught = make(DOUBLE)
-    monkeypatch.setattr(step_scripts, "NEEDED", ("accelerate",))
-    monkeypatch.setitem(step_scripts.LENGTHS, "cpu", (0, 4))
+    monkeypatch.setattr(scripts, "NEEDED", ("accelerate",))
+    monkeypatch.setitem(scripts.LENGTHS, "cpu", (0, 4))
     script = tmp_path / "dreambooth" / "train_dreambooth_lora_sdxl.py"
     script.parent.mkdir()
     script.write_text(SCRIPT.format(body="time.sleep(2 * given.max_train_steps)"))
-    (row,) = step_scripts.run_scripts(tmp_path, case, base, taught).values()
+    (row,) = scripts.run_scripts(tmp_path, case, base, taught).values()
     assert 1000 < row["ms_a_step"] < 4000
-    assert step_scripts.commands(tmp_path, case, *3 * [tmp_path]).keys() == {script.name}
+    assert scripts.commands(tmp_path, case, *3 * [tmp_path]).keys() == {script.name}
     script.write_text("raise ValueError('no such thing')")
     with pytest.raises(InputError, match=r"script failed: ValueError: no such thing; run it yourself"):
-        step_scripts.seconds_of([sys.executable, str(script)], 1)
+        scripts.seconds_of([sys.executable, str(script)], 1)
     with pytest.raises(InputError, match="must be the examples folder of diffusers"):
-        step_scripts.commands(tmp_path / "dreambooth", case, *3 * [tmp_path])
-    monkeypatch.setattr(step_scripts, "NEEDED", ("nothing_of_that_name",))
+        scripts.commands(tmp_path / "dreambooth", case, *3 * [tmp_path])
+    monkeypatch.setattr(scripts, "NEEDED", ("nothing_of_that_name",))
     with pytest.raises(InputError, match="need nothing_of_that_name, not found here"):
-        step_scripts.commands(tmp_path, case, *3 * [tmp_path])
+        scripts.commands(tmp_path, case, *3 * [tmp_path])
 
 
 def test_a_recorded_bank_tells_what_was_asked():

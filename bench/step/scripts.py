@@ -17,7 +17,7 @@ import torch
 from stamina_fast.errors import InputError
 from stamina_fast.io.images import write_image
 
-from .step_arms import PICTURES, TOKEN, WORD, Case, Lesson
+from .arms import PICTURES, TOKEN, WORD, Case, Lesson
 
 SCRIPTS = {
     "custom-diffusion": ("custom_diffusion/train_custom_diffusion.py",

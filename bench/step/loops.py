@@ -13,8 +13,8 @@ from stamina_fast.seeds import derive_seed
 from stamina_fast.train.backbone import Backbone
 from stamina_fast.train.step import Buffers, Feed
 
-from .step_arms import PICTURES, SEED, TOKEN, WORD, Arm
-from .step_phases import BACK_TEXT, BACK_UNET, DRAWS, LATENTS, LOSS, OPTIMIZER, TEXT, UNET, Mark
+from .arms import PICTURES, SEED, TOKEN, WORD, Arm
+from .phases import BACK_TEXT, BACK_UNET, DRAWS, LATENTS, LOSS, OPTIMIZER, TEXT, UNET, Mark
 
 
 class Script(Arm):

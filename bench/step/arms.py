@@ -1,7 +1,7 @@
-"""The arms of a step: ours by any backend, and the same step with plain frozen projections; `step_loops` has diffusers'.
+"""The arms of a step: ours by any backend, and the same step with plain frozen projections; `loops` has diffusers'.
 
 All of them learn the same concept from the same pictures, at the same steps of the same draws. They share one set of frozen
-weights (`step_models.sharing`), so that they can take turns in one process.
+weights (`models.sharing`), so that they can take turns in one process.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from stamina_fast.train.loop import Trainer, settings
 from stamina_fast.train.step import Feed
 from stamina_fast.train.unet import prepared, stepping
 
-from .step_models import Model
-from .step_phases import (
+from .models import Model
+from .phases import (
     BACK_TEXT,
     BACK_UNET,
     DRAWS,
@@ -147,7 +147,7 @@ class Arm:
             self.watched = False
 
     def wraps(self) -> list[tuple[object, str, object]]:
-        """What `step_phases.replaced` changes while phases are recorded."""
+        """What `phases.replaced` changes while phases are recorded."""
         return [(module, "forward", self.phases.projection(module.forward)) for module in projections_of(self.pipeline.unet)]
 
     def once(self) -> dict[str, float]:

@@ -22,16 +22,17 @@ from stamina_fast import dispatch
 from stamina_fast.errors import InputError
 from stamina_fast.io.files import write_json
 
-from . import clock, machine, step_measure as measure
-from .problem import DTYPES
-from .run import quartiles
-from .step_arms import Arm, Case, Lesson, Ours, lesson
-from .step_loops import CustomDiffusion, Lora
-from .step_memory import levers
-from .step_models import MODELS, build, counted, networks, sharing
-from .step_phases import PHASES
-from .step_plots import draw
-from .step_scripts import run_scripts
+from .. import clock, machine
+from ..problem import DTYPES
+from ..run import quartiles
+from . import measure
+from .arms import Arm, Case, Lesson, Ours, lesson
+from .loops import CustomDiffusion, Lora
+from .memory import levers
+from .models import MODELS, build, counted, networks, sharing
+from .phases import PHASES
+from .plots import draw
+from .scripts import run_scripts
 
 ARMS = ("custom-diffusion", "lora", "reference", "ours", "frozen")
 HEADINGS = ("arm", "ms a step", "quartiles", "× frozen", "images/s", "launches", "peak GB", "s a concept")
@@ -199,7 +200,7 @@ def run(
     if output is not None:
         write_json(output, result)
         if importlib.util.find_spec("matplotlib") is None:
-            print(f"no plots, matplotlib is not installed; elsewhere: python -m stamina_fast.bench.step_plots {output}")
+            print(f"no plots, matplotlib is not installed; elsewhere: python -m stamina_fast.bench.step.plots {output}")
         else:
             draw(output)
     return result
@@ -256,7 +257,7 @@ def show(result: dict) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m stamina_fast.bench.step", description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="sd15", choices=MODELS)
     parser.add_argument("--dtype", choices=[name for name in DTYPES if name != "float16"])
     parser.add_argument("--device")

@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import stamina_fast as sf
 from stamina_fast.train.capture import WARM
 
-from . import clock
-from .step_arms import Arm
-from .step_models import networks
-from .step_phases import PHASES
+from .. import clock
+from .arms import Arm
+from .models import networks
+from .phases import PHASES
 
 # steps that every arm runs before it is timed, and whose losses are compared: a graph is recorded and replayed within them
 CHECKED = WARM + 2

@@ -7,15 +7,15 @@ import dataclasses
 import torch
 from torch import nn
 
-from . import step_measure as measure
-from .step_arms import Case, Lesson, Ours
-from .step_models import networks, sharing
+from . import measure
+from .arms import Case, Lesson, Ours
+from .models import networks, sharing
 
 LIMIT = 8e9
 
 
 def training(case: Case, base, taught: Lesson, backend: str) -> dict[str, int]:
-    """Bytes of our training alone (see `step_measure.memory`), with the number of trained parameters."""
+    """Bytes of our training alone (see `measure.memory`), with the number of trained parameters."""
     common = measure.storages(networks(base))
     arm = Ours(case, taught, sharing(base), "ours", backend)
     held, _ = measure.grown(lambda: measure.begin(arm), case.device)

@@ -1,4 +1,4 @@
-"""Pictures of a step's result: `python -m stamina_fast.bench.step_plots RESULT.json`. Needs matplotlib, and no GPU.
+"""Pictures of a step's result: `python -m stamina_fast.bench.step.plots RESULT.json`. Needs matplotlib, and no GPU.
 
 NAME.png: where the time of each arm goes, by phase, with the timed median. NAME-profile.png: what remains, by name.
 """
@@ -10,8 +10,8 @@ import statistics
 import sys
 from pathlib import Path
 
-from .plots import new_figure
-from .step_phases import PHASES
+from ..plots import new_figure
+from .phases import PHASES
 
 # a phase keeps its colour: greys before the model, blues forward, reds backward
 COLOURS = dict(zip(PHASES, (
