@@ -111,6 +111,7 @@ def train(
     device: Device = None,
     accumulate: Annotated[int, typer.Option(min=1, help="Parts of a batch, one after another: less memory.")] = 1,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, more time.")] = False,
+    aspect_buckets: Annotated[bool, typer.Option("--aspect-buckets", help="Crops near each picture's own shape.")] = False,
     prior_weight: Annotated[float, typer.Option(min=0, help="Of class pictures (class_data_dir); 0: none.")] = 0.0,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Convolutions in channels-last order.")] = False,
     compile: Annotated[bool, typer.Option("--compile", help="torch.compile of the U-Net's repeating blocks.")] = False,
@@ -131,7 +132,8 @@ def train(
     run(
         model, concepts, output, method=method, steps=steps, seed=seed, resume=resume, accumulate=accumulate, compile=compile,
         gradient_checkpointing=gradient_checkpointing, prior_weight=prior_weight, channels_last=channels_last,
-        attention=attention, optimizer=optimizer, save_every=save_every, scale_lr=scale_lr, **given,
+        aspect_buckets=aspect_buckets, attention=attention, optimizer=optimizer, save_every=save_every, scale_lr=scale_lr,
+        **given,
     )
     if rank_here() == 0:
         typer.echo(f"{output / 'model'} is a plain diffusers pipeline; stamina-fast evaluate {output} measures what it learned")

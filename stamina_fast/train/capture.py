@@ -66,16 +66,17 @@ class Captured:
     the host is not recorded: it makes its step behind the recording of everything else.
 
     tasks       how many tasks there will be at most
+    tables      of the step of another shape, which share them; None: of its own
     recordings  how often the step was recorded
     """
 
-    def __init__(self, step: Step, recorder: CudaRecorder | None, tasks: int):
+    def __init__(self, step: Step, recorder: CudaRecorder | None, tasks: int, tables: Tables | None = None):
         self.step, self.recorder = step, recorder
         self.recorded = step if step.optimizer.capturable else step.gradient_
-        if recorder is not None and not step.optimizer.capturable:
+        if recorder is not None and tables is None and not step.optimizer.capturable:
             log.warning("the optimizer counts on the host: its step cannot be captured, and runs behind the captured rest")
         encoders = step.backbone.encoders if recorder is not None else []
-        self.tables = Tables([encoder.get_input_embeddings() for encoder in encoders], tasks)
+        self.tables = tables or Tables([encoder.get_input_embeddings() for encoder in encoders], tasks)
         self.warmed = self.recordings = 0
         self.addresses: list[int] | None = None
 

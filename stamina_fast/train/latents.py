@@ -53,39 +53,42 @@ class LatentBank:
         return (self.mean[index] + self.deviation[index] * noise - self.shift) * self.scale
 
 
-def crop(image: Tensor, size: int, share: float, position: tuple[float, float], flip: bool) -> tuple[Tensor, Tensor]:
-    """A square of `share` of the shorter side, as [3, size, size], and its frame [4] (see `LatentBank.frames`).
+def crop(image: Tensor, size: int | tuple[int, int], share: float, position: tuple[float, float],
+         flip: bool) -> tuple[Tensor, Tensor]:
+    """A part of a picture, each side `share` of the largest such part's, as [3, h, w], and its frame (`LatentBank.frames`).
 
-    image [3, H, W] in [-1, 1]; position: where the square lies, (0, 0) top left and (1, 1) bottom right.
+    image [3, H, W] in [-1, 1]; size: (h, w), or the side of a square; position: where the part lies, (0, 0) top left and
+    (1, 1) bottom right.
     """
     height, width = image.shape[1:]
-    side = max(1, round(min(height, width) * share))
-    top, left = round((height - side) * position[0]), round((width - side) * position[1])
-    square = image[None, :, top : top + side, left : left + side].float()
-    if side != size:
-        square = F.interpolate(square, (size, size), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
-    zoom = size / side
-    frame = torch.tensor([height * zoom, width * zoom, top * zoom, left * zoom]).round()
-    return (square.flip(-1) if flip else square)[0], frame
+    h, w = (size, size) if isinstance(size, int) else size
+    rows, columns = (max(1, round(side * share)) for side in (min(height, width * h / w), min(width, height * w / h)))
+    top, left = round((height - rows) * position[0]), round((width - columns) * position[1])
+    part = image[None, :, top : top + rows, left : left + columns].float()
+    if (rows, columns) != (h, w):
+        part = F.interpolate(part, (h, w), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
+    down, across = h / rows, w / columns
+    frame = torch.tensor([height * down, width * across, top * down, left * across]).round()
+    return (part.flip(-1) if flip else part)[0], frame
 
 
-def variants(images: list[Tensor], size: int, count: int, least: float, flip: bool, seed: int):
-    """`count` squares of each picture, the middle one whole first, then random ones.
+def variants(images: list[Tensor], size: int | tuple[int, int], count: int, least: float, flip: bool, seed: int):
+    """`count` parts of each picture (see `crop`), the middle one whole first, then random ones.
 
-    Returns squares [n, 3, size, size] in [-1, 1], the picture that each shows [n] int64, and their frames [n, 4].
+    Returns parts [n, 3, h, w] in [-1, 1], the picture that each shows [n] int64, and their frames [n, 4].
     """
-    squares, picture, frames = [], [], []
+    parts, picture, frames = [], [], []
     for i, image in enumerate(images):
         for j in range(count):
             draw = torch.Generator().manual_seed(derive_seed(seed, i, j))
             share, y, x, mirror = torch.rand(4, generator=draw).tolist()
             # squared so that areas, not sides, are uniform
             share = 1.0 if j == 0 else math.sqrt(least**2 + (1 - least**2) * share)
-            square, frame = crop(image, size, share, (0.5, 0.5) if j == 0 else (y, x), flip and j > 0 and mirror < 0.5)
-            squares.append(square)
+            part, frame = crop(image, size, share, (0.5, 0.5) if j == 0 else (y, x), flip and j > 0 and mirror < 0.5)
+            parts.append(part)
             picture.append(i)
             frames.append(frame)
-    return torch.stack(squares), torch.tensor(picture), torch.stack(frames)
+    return torch.stack(parts), torch.tensor(picture), torch.stack(frames)
 
 
 @contextlib.contextmanager
@@ -100,11 +103,11 @@ def full_precision(vae):
 
 
 @torch.no_grad()
-def encode(vae, squares: Tensor, picture: Tensor, frames: Tensor, batch: int) -> LatentBank:
-    """The posterior of every variant, `batch` at a time. squares [n, 3, size, size] in [-1, 1]."""
+def encode(vae, parts: Tensor, picture: Tensor, frames: Tensor, batch: int) -> LatentBank:
+    """The posterior of every variant, `batch` at a time. parts [n, 3, height, width] in [-1, 1]."""
     device = next(vae.parameters()).device
     with full_precision(vae):
-        posteriors = [vae.encode(part.to(device)).latent_dist for part in squares.split(batch)]
+        posteriors = [vae.encode(part.to(device)).latent_dist for part in parts.split(batch)]
     shift = vae.config.get("shift_factor", None)
     return LatentBank(
         mean=torch.cat([p.mean for p in posteriors]), deviation=torch.cat([p.std for p in posteriors]),

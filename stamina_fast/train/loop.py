@@ -21,6 +21,7 @@ from ..io.run import Checkpoint, Run
 from ..seeds import derive_seed
 from .attention import fastest_kernel
 from .backbone import Backbone, frozen, load_pipeline, no_bars, resolution_of
+from .buckets import Buckets, Shape, in_buckets, shapes
 from .capture import Captured, recorder
 from .checkpoint import restore_, state
 from .diffusion import Diffusion
@@ -155,19 +156,27 @@ def describe(concept: Concept, images: list[torch.Tensor], prior: bool) -> dict:
 
 
 class Trainer:
-    """One run on one device: the fixed buffers, the step over them, and what a task does before and after its steps."""
+    """One run on one device: the fixed buffers, the step over them, and what a task does before and after its steps.
+
+    `step` is that of the first shape that crops have, and `captured` holds one for each shape.
+    """
 
     def __init__(self, pipeline, adapters, concepts: Sequence[Concept], config: StaminaConfig, options: TrainOptions,
                  ranks: Ranks | None = None):
         self.ranks = ranks or Ranks()
         self.pipeline, self.adapters, self.concepts = pipeline, adapters, concepts
-        self.config, self.options, self.step, self.captured, self.vae = config, options, None, None, None
+        self.config, self.options, self.step, self.tables, self.vae = config, options, None, None, None
+        self.captured: dict[Shape, Captured] = {}
         self.device = pipeline.unet.device
-        self.recorder = recorder(options.capture, self.device)
+        # refuses what cannot be
+        recorder(options.capture, self.device)
         self.size = options.resolution or resolution_of(pipeline)
-        factor = 2 ** (len(pipeline.unet.config.block_out_channels) - 1) * pipeline.vae_scale_factor
+        levels = len(pipeline.unet.config.block_out_channels)
+        factor = max(2 ** (levels - 1), 8 if options.aspect_buckets else 1) * pipeline.vae_scale_factor
         if self.size % factor:
-            raise InputError(f"resolution must be a multiple of {factor} for this model, got {self.size}")
+            more = " with aspect_buckets" if options.aspect_buckets else ""
+            raise InputError(f"resolution must be a multiple of {factor} for this model{more}, got {self.size}")
+        self.shapes = shapes(self.size, factor) if options.aspect_buckets else [(self.size, self.size)]
         self.backbone = Backbone(pipeline)
         self.diffusion = Diffusion(pipeline.scheduler, self.device, options.min_snr)
         for concept in concepts:
@@ -209,20 +218,21 @@ class Trainer:
         """
         start, concept, options = time.perf_counter(), self.concepts[task], self.options
         seed = derive_seed(options.seed, "task", task)
-        feed = self.begin(concept, images, seed)
+        buckets = self.begin(concept, images, seed)
         density, first = {}, 0
-        with stepping(self.pipeline.unet, options), self.captured.tables.held():
-            self.captured.begin_(derive_seed(seed, "gate"))
+        with stepping(self.pipeline.unet, options), self.tables.held():
+            for captured in self.captured.values():
+                captured.begin_(derive_seed(seed, "gate"))
             if saved is not None:
                 first = saved.step
                 density, before = restore_(self.step, first, saved.tensors)
                 start -= before
             read = first
             for i in range(first, options.steps):
-                feed.fill_(i)
+                shape = buckets.fill_(i)
                 self.step.buffers.tau.fill_(self.config.tau(i / max(1, options.steps - 1)))
                 self.step.optimizer.set_rate_(options.rate(i))
-                self.captured()
+                self.captured[shape]()
                 done = i + 1
                 if done % options.read_every == 0 or done == options.steps:
                     self.check(concept)
@@ -241,34 +251,49 @@ class Trainer:
         ]
         return curve, time.perf_counter() - start
 
-    def begin(self, concept: Concept, images: list[torch.Tensor], seed: int) -> Feed:
+    def begin(self, concept: Concept, images: list[torch.Tensor], seed: int) -> Buckets:
         """A fresh task: factors, token, and what feeds its steps."""
         options = self.options
         self.adapters.reset_(derive_seed(seed, "factors"))
         self.adapters.tokens.begin(concept.token, derive_seed(seed, "token"))
-        texts, cut = list(concept.texts), (options.crops, options.crop_scale, options.flip, derive_seed(seed, "crops"))
-        bank, prior = self.bank(images, *cut), 0
-        if options.prior_weight:
-            others = self.bank([load_image(path) for path in concept.class_images], 1, 1.0, False, 0)
-            bank, prior, texts = bank + others, len(others), [*texts, *[concept.class_prompt] * len(others)]
-        ids = self.backbone.tokenise(texts)
-        if self.step is None:
-            self.step = self.prepare(bank.mean.shape[1:], [part.shape[1] for part in ids])
-            self.captured = Captured(self.step, self.recorder, len(self.concepts))
-        return Feed(self.step.buffers, bank, ids, self.size, self.diffusion.steps, derive_seed(seed, "feed"), self.ranks, prior)
+        cut, feeds = (options.crops, options.crop_scale, options.flip, derive_seed(seed, "crops")), {}
+        others = [load_image(path) for path in concept.class_images] if options.prior_weight else []
+        for shape, chosen in in_buckets(images, self.shapes).items():
+            bank, texts = self.bank([images[i] for i in chosen], shape, *cut), [concept.texts[i] for i in chosen]
+            if others:
+                # in every shape, as each batch holds some of them
+                bank, texts = bank + self.bank(others, shape, 1, 1.0, False, 0), [*texts, *[concept.class_prompt] * len(others)]
+            ids = self.backbone.tokenise(texts)
+            step = self.step_of(shape, bank.mean.shape[1:], [part.shape[1] for part in ids])
+            feeds[shape] = Feed(step.buffers, bank, ids, shape, self.diffusion.steps, derive_seed(seed, "feed"), self.ranks,
+                                len(others))
+        return Buckets(feeds, seed)
+
+    def step_of(self, shape: Shape, latent: tuple[int, int, int], lengths: list[int]) -> Step:
+        """The step for crops of this shape, whose latents are [c, h, w]: made once for all tasks."""
+        if shape not in self.captured:
+            recorded_by = recorder(self.options.capture, self.device)
+            if self.step is None:
+                self.step = self.prepare(latent, lengths)
+                captured = Captured(self.step, recorded_by, len(self.concepts))
+                self.tables = captured.tables
+            else:
+                captured = Captured(self.step.of_shape(latent), recorded_by, len(self.concepts), self.tables)
+            self.captured[shape] = captured
+        return self.captured[shape].step
 
     def bank(self, images: list[torch.Tensor], *cut) -> LatentBank:
-        """The latents of pictures in variants that `cut` describes, from the cache where there is one."""
+        """The latents of pictures in variants that `cut` describes (its shape first), from the cache where there is one."""
         vae, batch, folder = self.pipeline.vae, self.options.batch, self.options.cache_latents
 
         def make() -> LatentBank:
-            return encode(vae, *variants(images, self.size, *cut), batch=batch)
+            return encode(vae, *variants(images, *cut), batch=batch)
 
         if folder is None:
             return make()
         if self.vae is None:
             self.vae = digest(vae.state_dict().items())
-        key = self.vae, digest_of(images), self.size, cut, batch
+        key = self.vae, digest_of(images), cut, batch
         return cached(Path(folder), key, vae, make, write=self.ranks.rank == 0)
 
     def prepare(self, shape: tuple[int, int, int], lengths: list[int]) -> Step:

@@ -28,6 +28,9 @@ class TrainOptions:
     gradient_clip           largest L2 norm of the whole gradient; None: no clipping
     min_snr                 gamma of min-SNR weighting (5 is usual); None: every timestep counts the same
     resolution              side of the square crops in pixels; None: the model's own
+    aspect_buckets          crops are not square but of the shape nearest to each picture's, among those of about resolution²
+                            pixels with sides in multiples of 8 latents (64 pixels). A batch is of one shape, which has a CUDA
+                            graph, and its memory, of its own
     prior_weight            of the class pictures in the loss (prior preservation): as many of them in a step as of the concept;
                             0: none, and they need not be there
     crops, crop_scale       variants of each picture that are encoded once; the least side of one as a share of the picture's
@@ -58,6 +61,7 @@ class TrainOptions:
     gradient_clip: float | None = 1.0
     min_snr: float | None = None
     resolution: int | None = None
+    aspect_buckets: bool = False
     prior_weight: float = 0.0
     crops: int = 8
     crop_scale: float = 0.75
@@ -93,7 +97,7 @@ class TrainOptions:
             raise InputError(f"accumulate must divide batch, got {self.accumulate} for {self.batch}; pass a divisor")
         if self.capture is not None and not isinstance(self.capture, bool):
             raise InputError(f"capture must be true, false or None, got {self.capture!r}; None: wherever there is a GPU")
-        for name in ("flip", "gradient_checkpointing", "channels_last", "compile"):
+        for name in ("flip", "aspect_buckets", "gradient_checkpointing", "channels_last", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
         if self.optimizer not in OPTIMIZERS:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,6 +53,11 @@ class Buffers:
             torch.zeros((), **whole), torch.zeros((), **whole), torch.ones((), device=device),
         )
 
+    def of_shape(self, shape: tuple[int, int, int]) -> Buffers:
+        """The same buffers but for latents and noise, which are [b, *shape]."""
+        latents, noise = (torch.zeros(len(self.t), *shape, device=self.t.device) for _ in range(2))
+        return replace(self, latents=latents, noise=noise)
+
     def parts(self, count: int) -> list[Buffers]:
         """`count` equal shares of the batch, as views."""
         latents, noise, t, frames, *ids = (x.chunk(count) for x in (self.latents, self.noise, self.t, self.frames, *self.ids))
@@ -66,17 +72,19 @@ class Feed:
     """Fills the buffers for any step of a task, as a function of (seed, task, step) alone.
 
     The batches of all `ranks`, one behind the other, are the batch that one process of that size would draw. Where `prior`
-    of the bank's last variants are class pictures, every second row is one of them.
+    of the bank's last variants are class pictures, every second row is one of them. `size` (pixels): what the variants were
+    cut to, (height, width) or the side of a square.
     """
 
-    def __init__(self, buffers: Buffers, bank: LatentBank, ids: list[Tensor], size: int, timesteps: int, seed: int,
-                 ranks: Ranks | None = None, prior: int = 0):
-        self.prior = prior
+    def __init__(self, buffers: Buffers, bank: LatentBank, ids: list[Tensor], size: int | tuple[int, int], timesteps: int,
+                 seed: int, ranks: Ranks | None = None, prior: int = 0):
+        self.prior, self.learned = prior, len(bank) - prior
         self.whole, self.rows = (ranks or Ranks()).rows(len(buffers.t))
         self.buffers, self.bank, self.ids = buffers, bank, [part.to(bank.mean.device)[bank.picture] for part in ids]
         self.timesteps, self.seed = timesteps, seed
         self.draw = torch.Generator(device=bank.mean.device)
-        self.frames = torch.cat([bank.frames, torch.full_like(bank.frames[:, :2], size)], 1)
+        target = torch.tensor(size, device=bank.mean.device).expand(len(bank), 2)
+        self.frames = torch.cat([bank.frames, target], 1)
 
     @staticmethod
     def share(batch: int, parts: int, prior_weight: float, device: torch.device) -> Tensor | None:
@@ -92,10 +100,9 @@ class Feed:
         to, draw = self.buffers, self.draw.manual_seed(derive_seed(self.seed, "batch", step))
         b, rows, device = self.whole, self.rows, to.t.device
         shape = (b, *to.latents.shape[1:])
-        learned = len(self.bank) - self.prior
-        index = torch.randint(learned, (b,), generator=draw, device=device)
+        index = torch.randint(self.learned, (b,), generator=draw, device=device)
         if self.prior:
-            index[1::2] = learned + torch.randint(self.prior, (b // 2,), generator=draw, device=device)
+            index[1::2] = self.learned + torch.randint(self.prior, (b // 2,), generator=draw, device=device)
         index = index[rows]
         to.latents.copy_(self.bank.draw(index, torch.randn(shape, generator=draw, device=device)[rows]))
         to.noise.copy_(torch.randn(shape, generator=draw, device=device)[rows])
@@ -133,6 +140,13 @@ class Step:
         self.bad = torch.zeros(len(self.watched), dtype=torch.bool, device=device)
         self.bad_step = torch.full((), -1, device=device)
         self.zeros = torch.zeros(2, device=device).unbind()
+
+    def of_shape(self, shape: tuple[int, int, int]) -> Step:
+        """The same step for latents of another shape [c, h, w]: everything else is shared."""
+        other = copy.copy(self)
+        other.buffers = self.buffers.of_shape(shape)
+        other.parts = other.buffers.parts(len(self.parts))
+        return other
 
     def begin_(self, seed: int) -> None:
         """Back to step 0 of a task whose gate noise has this seed; parameters are views again, the optimizer is fresh."""

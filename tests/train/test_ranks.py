@@ -17,14 +17,15 @@ import pytest
 import safetensors.torch
 import tinypipes
 import torch
-from tinyruns import SMALL, assert_same, run, tensors, write_concepts
+from tinyruns import NAMES, SMALL, assert_same, run, tensors, write_concepts
 
 from stamina_fast.attach import Adapters
 from stamina_fast.cli import explain
 from stamina_fast.errors import FileError, InputError, StaminaError
-from stamina_fast.io.images import load_image
+from stamina_fast.io.images import load_image, write_image
 from stamina_fast.io.run import Run
 from stamina_fast.train import TrainOptions, loop, ranks as module
+from stamina_fast.train.buckets import Buckets
 from stamina_fast.train.flat import Optimizer
 from stamina_fast.train.latents import LatentBank
 from stamina_fast.train.ranks import LostError, Ranks, digest, rank_here, together
@@ -286,6 +287,15 @@ def two(tmp_path_factory):
     return write_concepts(tmp_path_factory.mktemp("two"), 2)
 
 
+@pytest.fixture(scope="module")
+def shaped(tmp_path_factory):
+    """The same with one more picture each, that is twice as wide as high."""
+    folder = write_concepts(tmp_path_factory.mktemp("shaped"), 2)
+    for name in NAMES[:2]:
+        write_image(folder / name / "wide.png", load_image(folder / name / "0.png").repeat(1, 1, 2))
+    return folder
+
+
 @pytest.mark.parametrize(("kind", "changes"), [
     ("sd15", {"method": "c-stamina", "sparsity_weight": 0.1}), ("sdxl", {"batch": 2, "accumulate": 2, "attention": "measured"}),
 ], ids=["sd15", "sdxl"])
@@ -302,17 +312,33 @@ def test_two_processes_are_one_of_twice_the_batch(kind, changes, two, tmp_path):
     assert made.config["processes"] == 2
     saved = tensors(type(tinypipes.KINDS[kind]()).from_pretrained(tmp_path / "run" / "model"))
     assert_same(saved, {name: tensor for name, tensor in ours.items() if name != "gradients"})
-    # one process with all pictures, of which there were two batches
-    kept = []
-    with pytest.MonkeyPatch.context() as patch:
-        gradients_of(patch, kept)
-        alone = run(tinypipes.KINDS[kind](), two, tmp_path / "alone", **changes | {"batch": 4})
-    for step in (0, 1):
-        error = (ours["gradients"][step] - kept[step]).norm() / kept[step].norm()
-        assert 0 < error < 1e-5, (step, error)
+    alone = alone_with_twice_the_batch(kind, two, tmp_path / "alone", changes, ours["gradients"])
     for name in ("cat", "cup"):
         for row, other in zip(made.load_task(name).curve, alone.load_task(name).curve, strict=True):
             assert row == pytest.approx(other, rel=2e-2)
+
+
+def alone_with_twice_the_batch(kind, folder, output, changes, gradients):
+    """One process with all pictures of which two took halves, and the first gradients of both."""
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        gradients_of(patch, kept)
+        alone = run(tinypipes.KINDS[kind](), folder, output, **changes | {"batch": 4})
+    for step in (0, 1):
+        error = (gradients[step] - kept[step]).norm() / kept[step].norm()
+        assert 0 < error < 1e-5, (step, error)
+    return alone
+
+
+def test_two_processes_take_pictures_of_the_same_shape(shaped, tmp_path, monkeypatch):
+    changes, seen, fill_ = {"aspect_buckets": True, "resolution": 96, "seed": 1}, [], Buckets.fill_
+    codes, said = start(tmp_path, 2, learn, "sd15", shaped, tmp_path / "run", tmp_path / "rank", changes)
+    assert codes == [0, 0], said
+    ours, theirs = results_of(tmp_path / "rank")
+    assert_same(ours, theirs)
+    monkeypatch.setattr(Buckets, "fill_", lambda buckets, step: seen.append(fill_(buckets, step)) or seen[-1])
+    alone_with_twice_the_batch("sd15", shaped, tmp_path / "alone", changes, ours["gradients"])
+    assert set(seen[:2]) == {(96, 96), (64, 128)}
 
 
 def test_each_rank_has_pictures_of_its_own(monkeypatch):
