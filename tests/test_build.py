@@ -58,6 +58,8 @@ class Machine:
         self.path = path_without(folder / "bin", lacking)
 
     def command(self, *words, **environment):
+        # a process that a test starts does not import what lies in the working folder either
+        environment = {"PYTHONSAFEPATH": "1"} | environment
         plain = {name: value for name, value in os.environ.items() if name not in ("CC", "CXX", "CUDACXX", "PYTHONPATH")}
         done = subprocess.run(
             [str(word) for word in words], cwd=self.sources, capture_output=True, text=True, timeout=1500,
