@@ -10,12 +10,16 @@ import torch
 from replay import Replay
 from torch import nn
 
+from stamina_fast import cpu
 from stamina_fast.bench import machine
 from stamina_fast.bench.step import __main__ as bench_step, arms as step_arms, measure, models, phases, scripts
 from stamina_fast.bench.step.arms import Case, Ours, lesson
 from stamina_fast.bench.step.loops import CustomDiffusion, Lora
 from stamina_fast.bench.step.models import MODELS, Model, build, networks, sharing
 from stamina_fast.errors import InputError
+
+# our arm would run in the interpreter of Triton, which has no bf16 and takes minutes a step
+pytestmark = pytest.mark.skipif(bool(cpu.load()), reason=cpu.load() or "-")
 
 UNET = {
     "sample_size": 8, "block_out_channels": (32, 64), "layers_per_block": 1, "attention_head_dim": 4, "norm_num_groups": 8,
