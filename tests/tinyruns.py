@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
+import pytest
 import torch
 
 from stamina_fast.io.images import write_image
 from stamina_fast.train import train
+from stamina_fast.train.step import Step
 
 NAMES = ("cat", "cup", "rocket", "face")
 SMALL = {
@@ -29,6 +32,33 @@ def write_concepts(folder: Path, count: int) -> Path:
 
 def run(pipeline, folder: Path, output: Path, **changes):
     return train(pipeline, folder, output, **(SMALL | changes))
+
+
+class Killed(BaseException):
+    """Stands for a kill: nothing in the trainer may catch it."""
+
+
+@contextlib.contextmanager
+def killed_after(steps: int):
+    """What runs here is killed before it takes one more step than these."""
+    left, call = iter(range(steps)), Step.__call__
+
+    def counted(step):
+        if next(left, None) is None:
+            raise Killed
+        call(step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Step, "__call__", counted)
+        with pytest.raises(Killed):
+            yield
+
+
+def count_steps(monkeypatch) -> list:
+    """Grows by one with every step from here on."""
+    done, call = [], Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda step: done.append(1) or call(step))
+    return done
 
 
 def tensors(pipeline) -> dict[str, torch.Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import tinypipes
 import torch
 from replay import Replay
-from tinyruns import assert_same, run, tensors, write_concepts
+from tinyruns import Killed, assert_same, count_steps, run, tensors, write_concepts
 
 from stamina_fast.errors import FileError
 from stamina_fast.io.files import write_tensors
@@ -15,10 +15,6 @@ from stamina_fast.train import loop
 from stamina_fast.train.step import Step
 
 OPTIONS = {"steps": 7, "method": "c-stamina", "sparsity_weight": 0.1, "lr_schedule": "cosine", "read_every": 3}
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the trainer may catch it."""
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +48,6 @@ def train_until(at, two, output, monkeypatch, **options):
         patch.setattr(Run, "_write", written)
         with pytest.raises(Killed):
             run(tinypipes.sd15(), two, output, save_every=2, **OPTIONS, **options)
-
-
-def count_steps(monkeypatch):
-    done, call = [], Step.__call__
-    monkeypatch.setattr(Step, "__call__", lambda step: done.append(1) or call(step))
-    return done
 
 
 @pytest.mark.parametrize(("at", "left"), [(0, 7), (2, 5), (3, 5), (5, 3), (6, 1), (-2, 5)])

@@ -7,14 +7,13 @@ import pytest
 import tinypipes
 import torch
 from replay import Replay
-from tinyruns import assert_same, run, tensors, write_concepts
+from tinyruns import assert_same, count_steps, killed_after, run, tensors, write_concepts
 from torch import nn
 
 from stamina_fast.errors import InputError
 from stamina_fast.train import TrainOptions, loop
 from stamina_fast.train.flat import Flat
 from stamina_fast.train.optimizers import LIBRARIES, class_of, make_optimizer
-from stamina_fast.train.step import Step
 
 # a rank with which the factors are too many for adamw8bit to keep their moments in 32 bits
 OPTIONS = {"steps": 6, "method": "c-stamina", "lr_schedule": "cosine", "weight_decay": 0.01, "rank": 16, "gate_rank": 8}
@@ -36,10 +35,6 @@ def whole(name, two, tmp_path_factory):
     """A run in one go, and the bits of its pipeline."""
     pipeline = tinypipes.sd15()
     return run(pipeline, two, tmp_path_factory.mktemp("whole") / "run", optimizer=name, **OPTIONS), tensors(pipeline)
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the trainer may catch it."""
 
 
 def shapes(optimizer):
@@ -102,20 +97,9 @@ def test_what_is_remembered_goes_on_elsewhere_and_is_forgotten_by_a_reset(name):
 @pytest.mark.parametrize(("at", "left"), [(0, 6), (3, 4)], ids=["between tasks", "within a task"])
 def test_a_resumed_run_ends_in_the_same_bits(at, left, name, two, whole, tmp_path, monkeypatch):
     """From the first step of the second task the optimizer is a fresh one here, and one that was reset in the run in one go."""
-    done, call = [], Step.__call__
-
-    def counted(step):
-        if len(done) == OPTIONS["steps"] + at:
-            raise Killed
-        done.append(1)
-        call(step)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", counted)
-        with pytest.raises(Killed):
-            run(tinypipes.sd15(), two, tmp_path / "run", save_every=2, optimizer=name, **OPTIONS)
-    done, pipeline = [], tinypipes.sd15()
-    monkeypatch.setattr(Step, "__call__", lambda step: done.append(1) or call(step))
+    with killed_after(OPTIONS["steps"] + at):
+        run(tinypipes.sd15(), two, tmp_path / "run", save_every=2, optimizer=name, **OPTIONS)
+    done, pipeline = count_steps(monkeypatch), tinypipes.sd15()
     made = run(pipeline, two, tmp_path / "run", resume=True, optimizer=name, **OPTIONS)
     assert len(done) == left
     assert_same(tensors(pipeline), whole[1])

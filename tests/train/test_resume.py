@@ -5,17 +5,13 @@ import multiprocessing
 
 import pytest
 import tinypipes
-from tinyruns import SMALL, assert_same, run, tensors
+from tinyruns import SMALL, Killed, assert_same, run, tensors
 
 from stamina_fast.attach import Adapters
 from stamina_fast.errors import FileError, InputError, StaminaError
 from stamina_fast.io.run import Run
 from stamina_fast.train import loop
 from stamina_fast.train.step import Step
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing in the trainer may catch it."""
 
 
 def stop_in_the_second_task(at):
