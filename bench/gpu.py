@@ -110,7 +110,7 @@ def stages(output: Path) -> list[Stage]:
         # without torch's own cache of memory, so that each tensor has bounds that the sanitizer knows
         return Stage(f"sanitizer-{tool}", check, limit, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, left_out=missing)
 
-    kernels = [f"tests/test_{name}.py" for name in ("kernels", "gate", "penalties")]
+    kernels = ["tests/kernels/test_kernels.py", "tests/ops/test_gate.py", "tests/ops/test_penalties.py"]
     return [
         build(240), Stage("imports", (python, "-c", imports), 90),
         tests("tests", 400, "tests/gpu"), bench("sd15", 180),

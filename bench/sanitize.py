@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 import stamina_fast as sf
-from stamina_fast import functional
+from stamina_fast.ops import functional
 
 from .problem import Case, build
 from .shapes import Shape

@@ -122,8 +122,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last concept, or checkpoint, of RUN.")] = False,
 ) -> None:
     """Learn every concept in turn, and fold each into the weights before the next."""
-    from .train import train as run
-    from .train.ranks import rank_here
+    from .training import train as run
+    from .training.ranks import rank_here
 
     quiet()
     options = {"rank": rank, "batch": batch, "learning_rate": learning_rate, "device": device, "cache_latents": cache_latents,
@@ -153,8 +153,8 @@ def sample(
 ) -> None:
     """Draw pictures of a prompt: one PNG each, whose noise depends on the seed and its number alone."""
     from .io.files import new_folder
-    from .sampling import sample as draw, to_pil
-    from .train.backbone import load_pipeline
+    from .pipeline.sampling import sample as draw, to_pil
+    from .training.backbone import load_pipeline
 
     quiet()
     run = Path(model)

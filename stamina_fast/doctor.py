@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from . import dispatch
+from .ops import dispatch
 
 # what csrc/cuda is compiled for
 ARCHITECTURES = ((8, 0), (8, 9), (9, 0), (10, 0))

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import torch
 
-from .attach import attach
-from .config import StaminaConfig
+from .adapter.attach import attach
+from .adapter.config import StaminaConfig
 from .errors import FileError, InputError
 from .io.files import new_folder
 from .io.run import Run
-from .train.backbone import load_pipeline
-from .train.record import fingerprint
+from .training.backbone import load_pipeline
+from .training.record import fingerprint
 
 
 def export_diffusers(

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from stamina_fast import cli
 from stamina_fast.cli import app
-from stamina_fast.train import TrainOptions
+from stamina_fast.training import TrainOptions
 
 COMMANDS = ("demo", "train", "sample", "evaluate", "export", "bench", "doctor")
 SMALL = ("--steps", "2", "--rank", "2", "--batch", "1", "--device", "cpu")
@@ -63,7 +63,7 @@ def run(model, photos, tmp_path_factory):
 
 def test_the_trainer_gets_every_option(model, photos, tmp_path, monkeypatch):
     """What the command line says, by the trainer's own names; what it leaves out is left to the trainer."""
-    heard, trainer = {}, importlib.import_module("stamina_fast.train")
+    heard, trainer = {}, importlib.import_module("stamina_fast.training")
     monkeypatch.setattr(trainer, "train", lambda *places, **options: heard.update(options))
     given = {"accumulate": 2, "prior_weight": 0.5, "attention": "math", "cache_latents": tmp_path / "kept", "save_every": 7}
     flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]

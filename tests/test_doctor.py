@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from stamina_fast import cpu, dispatch, doctor
+from stamina_fast import doctor
+from stamina_fast.ops import cpu, dispatch
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from stamina_fast import dispatch
 from stamina_fast.errors import InputError
 from stamina_fast.io.files import write_json
+from stamina_fast.ops import dispatch
 
 from .. import clock, machine
 from ..problem import DTYPES

@@ -17,16 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import stamina_fast as sf
-from stamina_fast.config import StaminaConfig
+from stamina_fast.adapter.config import StaminaConfig
+from stamina_fast.adapter.tokens import TokenBank
 from stamina_fast.io.concepts import Concept
 from stamina_fast.seeds import derive_seed
-from stamina_fast.tokens import TokenBank
-from stamina_fast.train import TrainOptions
-from stamina_fast.train.capture import Captured, recorder
-from stamina_fast.train.latents import LatentBank, encode, variants
-from stamina_fast.train.loop import Trainer, settings
-from stamina_fast.train.step import Feed
-from stamina_fast.train.unet import prepared, stepping
+from stamina_fast.training import TrainOptions
+from stamina_fast.training.capture import Captured, recorder
+from stamina_fast.training.latents import LatentBank, encode, variants
+from stamina_fast.training.loop import Trainer, settings
+from stamina_fast.training.step import Feed
+from stamina_fast.training.unet import prepared, stepping
 
 from .models import Model
 from .phases import (

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stamina_fast.seeds import derive_seed
-from stamina_fast.train.backbone import Backbone
-from stamina_fast.train.step import Buffers, Feed
+from stamina_fast.training.backbone import Backbone
+from stamina_fast.training.step import Buffers, Feed
 
 from .arms import PICTURES, SEED, TOKEN, WORD, Arm
 from .phases import BACK_TEXT, BACK_UNET, DRAWS, LATENTS, LOSS, OPTIMIZER, TEXT, UNET, Mark

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import stamina_fast as sf
-from stamina_fast.train.capture import WARM
+from stamina_fast.training.capture import WARM
 
 from .. import clock
 from .arms import Arm

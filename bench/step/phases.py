@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from stamina_fast.projections import find_projections
+from stamina_fast.pipeline.projections import find_projections
 
 DRAWS, LATENTS, TEXT, PROJECTIONS, UNET = "draws", "encode latents", "text", "K/V", "U-Net forward"
 LOSS, BACK_UNET, BACK_PROJECTIONS, BACK_TEXT = "loss and checks", "U-Net backward", "K/V backward", "text backward"

@@ -1,4 +1,4 @@
-// The operators of stamina_fast/cpu.py, where their schemas stand, for torch's dispatcher: arguments come checked.
+// The operators of stamina_fast/ops/cpu.py, where their schemas stand, for torch's dispatcher: arguments come checked.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,4 +1,4 @@
-// The operators of stamina_fast/cuda.py, where their schemas stand, for torch's dispatcher: arguments come checked and packed.
+// The operators of stamina_fast/ops/cuda.py, where their schemas stand, for torch's dispatcher: arguments come checked and packed.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -68,7 +68,7 @@ View<T> view(const Maybe& tensor) {
   return tensor ? view<T>(*tensor) : View<T>{nullptr, 0, 0, false};
 }
 
-// packed: a, b, p, q as `stamina_fast.cuda` shapes them, [..., steps, 32, 8] and [..., spans, steps, 4, 4, 32, 8]
+// packed: a, b, p, q as `stamina_fast.ops.cuda` shapes them, [..., steps, 32, 8] and [..., spans, steps, 4, 4, 32, 8]
 Stack stack(const Tensor& tiles, int64_t rows, int64_t k, const Tensors& packed, const Tensor& bias, const Maybe& seed,
             const Maybe& step) {
   const auto words = [&](int n) { return at<const uint4>(packed[n]); };

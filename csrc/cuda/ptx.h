@@ -1,6 +1,6 @@
 // The instructions that C++ has no words for. Each function is one PTX instruction, or says what more it is.
 //
-// tests/cuda/emulated.h has the same functions for a plain compiler, lane by lane, from the tables of the PTX ISA.
+// tests/csrc/cuda/emulated.h has the same functions for a plain compiler, lane by lane, from the tables of the PTX ISA.
 #pragma once
 
 #include <cstdint>

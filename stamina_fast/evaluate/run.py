@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from ..attach import attach
-from ..config import StaminaConfig
+from ..adapter.attach import attach
+from ..adapter.config import StaminaConfig
 from ..errors import InputError
 from ..io.files import write_json
 from ..io.run import Run, Task
-from ..sampling import sample, to_pil
+from ..pipeline.sampling import sample, to_pil
 from ..seeds import derive_seed
-from ..train.backbone import frozen, load_pipeline, resolution_of
-from ..train.record import fingerprint
+from ..training.backbone import frozen, load_pipeline, resolution_of
+from ..training.record import fingerprint
 from .features import encoder
 from .measures import BANDWIDTH_RULE, measure
 from .pictures import SHOWN, draw

@@ -12,8 +12,8 @@ pytest.importorskip("rich", reason="training needs rich, which is not installed"
 import tinypipes
 from tinyruns import run, write_concepts
 
-from stamina_fast.train import loop
-from stamina_fast.train.capture import WARM, Captured
+from stamina_fast.training import loop
+from stamina_fast.training.capture import WARM, Captured
 
 OPTIONS = {"steps": 16, "sparsity_weight": 0.1, "forgetting_weight": 100.0, "device": "cuda"}
 

@@ -1,0 +1,342 @@
+"""attach: masked low-rank residuals on the text K/V projections of a U-Net, and their life from task to task."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from ..ops.noise import GateNoise
+from ..pipeline.projections import STATES, check_offload, check_processors, check_projections, find_projections, text_projection
+from ..seeds import derive_seed
+from .config import StaminaConfig
+from .stack import FACTORS, SEEN, Control, Stack, disabled
+
+
+def attach(unet_or_pipeline, config: StaminaConfig | None = None) -> Adapters:
+    """Put masked low-rank residuals on every text K/V projection of a diffusers U-Net, or of a pipeline's.
+
+    A pipeline also gets its concept token (`adapters.tokens`). A·B = 0, so that the model's function is unchanged. The
+    projections stay modules of the same names and state-dict keys; `adapters.detach()` restores them.
+
+    Raises InputError, a ValueError: no cross-attention, adapters or other layers already on the projections, a rank above
+    the smallest width, an offloaded or fused model.
+    """
+    config = StaminaConfig() if config is None else config
+    pipeline = None if isinstance(unet_or_pipeline, nn.Module) else unet_or_pipeline
+    unet = unet_or_pipeline if pipeline is None else getattr(pipeline, "unet", None)
+    # a compiled module wraps the one whose hooks and projections count
+    unet = getattr(unet, "_orig_mod", unet)
+    if not isinstance(unet, nn.Module) or STATES not in inspect.signature(type(unet).forward).parameters:
+        got = type(unet_or_pipeline).__name__
+        raise InputError(f"attach needs a diffusers U-Net with cross-attention, or a pipeline with one, got {got}")
+    slots = find_projections(unet)
+    check_projections(unet, slots, config)
+    tokens = None
+    if pipeline is not None:
+        from .tokens import TokenBank
+
+        tokens = TokenBank(pipeline, config, mlp=config.token_mlp, init=config.token_init)
+    with torch.inference_mode(False):
+        return Adapters(unet, slots, config, tokens)
+
+
+class Adapters:
+    """The residuals of one U-Net: the current task's trainable factors, and the tasks folded so far.
+
+    config: the options. stacks: one `Stack` per width, dtype and device. tokens: the pipeline's token bank, or None.
+    tasks: by name, in the order they were registered, the deterministic factors exactly as folded, on the CPU:
+    "stacks.I.a", ".b", ".p", ".q", ".gate_bias". folded: the names of the tasks that the weights hold now, in order.
+    """
+
+    def __init__(self, unet: nn.Module, slots: Mapping[str, nn.Linear], config: StaminaConfig, tokens=None):
+        self.config, self.unet, self.tokens = config, unet, tokens
+        self.tasks: dict[str, dict[str, Tensor]] = {}
+        self.folded: list[str] = []
+        self._control = Control(tau=config.tau_start)
+        self._index = list(inspect.signature(type(unet).forward).parameters).index(STATES) - 1
+        kinds: dict[tuple, dict[str, nn.Linear]] = {}
+        for name, slot in slots.items():
+            kinds.setdefault((slot.weight.shape[1], slot.weight.dtype, slot.weight.device), {})[name] = slot
+        self.stacks = nn.ModuleList(Stack(group, config, self._control, i) for i, group in enumerate(kinds.values()))
+        self._attentions = [module for module in unet.modules() if hasattr(module, "processor")]
+        self._handles = [unet.register_forward_pre_hook(self._before, with_kwargs=True)]
+        projection = text_projection(unet)
+        self._projected = projection is not None
+        if self._projected:
+            self._handles.append(projection.register_forward_hook(lambda module, args, states: self._hand_on(states)))
+        if hasattr(unet, "save_pretrained"):
+            unet.save_pretrained = self._guarded(unet.save_pretrained)
+        self.reset_(derive_seed(config.seed, "factors", 0))
+
+    # the forward
+
+    def _before(self, unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        check_processors(self._attentions)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            check_offload(unet)
+        for stack in self.stacks:
+            # a compiled forward cannot look at addresses; the projections lower the flag when they are moved or loaded
+            if not (compiling and stack.tied):
+                stack.refresh()
+        if not self._projected:
+            if STATES in kwargs:
+                kwargs = kwargs | {STATES: self._hand_on(kwargs[STATES])}
+            elif len(args) > self._index:
+                args = (*args[: self._index], self._hand_on(args[self._index]), *args[self._index + 1 :])
+        return args, kwargs
+
+    def _hand_on(self, states):
+        """The same text states as a tensor of this forward alone, which carries what each stack makes of them.
+
+        Two forwards before one backward, or a block computed again by gradient checkpointing, each find their own
+        result. States in a tuple (text first, then image prompts) are handed on as a tuple.
+        """
+        if isinstance(states, tuple | list):
+            return type(states)([self._hand_on(states[0]), *states[1:]]) if states else states
+        if states is None:
+            return None
+        own = states.view_as(states)
+        fits = [s for s in self.stacks if s.weight.shape[1] == states.shape[-1] and s.weight.device == states.device]
+        setattr(own, SEEN, {stack: stack.shares(states) for stack in fits})
+        return own
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The folded model without the unfolded residual, until the block ends."""
+        with disabled(self._control):
+            yield
+
+    @property
+    def noise(self) -> GateNoise | None:
+        """The noise of the mask: None, the default, for the deterministic gate; set it before each training step."""
+        return self._control.noise
+
+    @noise.setter
+    def noise(self, noise: GateNoise | None) -> None:
+        self._control.noise = noise
+
+    @property
+    def tau(self) -> float | Tensor:
+        """The temperature of the slope, a positive float or a 0-dim tensor; it starts at config.tau_start."""
+        return self._control.tau
+
+    @tau.setter
+    def tau(self, tau: float | Tensor) -> None:
+        self._control.tau = tau
+
+    def arguments(self) -> list[dict]:
+        """Per stack, the keyword arguments of `masked_linear` in force (all but x), and "names", the projections in order."""
+        return [stack.arguments() for stack in self._ready()]
+
+    # parameters
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """A, B, Q, c and the mask MLPs of every stack, then the tokens' under "tokens."; the same objects for good."""
+        yield from self.stacks.named_parameters(prefix="stacks")
+        if self.tokens is not None:
+            for name, parameter in self.tokens.named_parameters():
+                yield f"tokens.{name}", parameter
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trainable parameters; none of them is a parameter of the U-Net."""
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The current task's factors and token, by name: not the folded tasks, which are in `tasks`."""
+        state = dict(self.stacks.state_dict(prefix="stacks."))
+        if self.tokens is not None:
+            state |= {f"tokens.{name}": tensor for name, tensor in self.tokens.state_dict().items()}
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Copy a state into the parameters. A missing, unknown or misshapen entry raises before the stacks change."""
+        parts = {"stacks": {}, "tokens": {}}
+        for name, tensor in state.items():
+            part, _, rest = name.partition(".")
+            if part not in parts or (part == "tokens" and self.tokens is None):
+                raise InputError(f"unknown entry {name!r} in the state of adapters; attach what it was saved from")
+            parts[part][rest] = tensor
+        wanted = self.stacks.state_dict()
+        shapes = {name: list(tensor.shape) for name, tensor in wanted.items()}
+        given = {name: list(tensor.shape) for name, tensor in parts["stacks"].items()}
+        wrong = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
+        if wrong:
+            first = wrong[0]
+            raise InputError(
+                f"state entry stacks.{first} must be {shapes.get(first, 'absent')}, got {given.get(first, 'none')}; "
+                "attach with the config it was saved with"
+            )
+        self.stacks.load_state_dict(parts["stacks"])
+        if self.tokens is not None and (parts["tokens"] or self.tokens.active):
+            self.tokens.load_state_dict(parts["tokens"])
+
+    def reset_(self, seed: int) -> None:
+        """Fresh factors in place, with A·B = 0; the same seed gives the same factors on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        for stack in self.stacks:
+            stack.reset_(generator)
+
+    # measures
+
+    def penalties(self) -> tuple[Tensor, Tensor]:
+        """(sparsity, forgetting): the mean over the entries of all stacks, and the sum over them; 0-dim, differentiable."""
+        return self._penalties({})
+
+    @contextlib.contextmanager
+    def penalised(self) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+        """Yields `penalties` for a block that holds a forward of the U-Net: there it comes out of the same operator calls.
+
+        Mask and residual are then made once for the output and the penalties, and once for the gradients of both. The
+        first forward of the block counts; a stack that none has used is computed as by `Adapters.penalties`.
+        """
+        before, self._control.penalties = self._control.penalties, {}
+        found = self._control.penalties
+        try:
+            yield lambda: self._penalties(found)
+        finally:
+            self._control.penalties = before
+
+    def _penalties(self, found: Mapping[Stack, tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        both = [found[stack] if stack in found else stack.penalties() for stack in self._ready()]
+        return self._mean([sparsity for sparsity, _ in both]), sum(forgetting.to(both[0][1]) for _, forgetting in both)
+
+    def density(self) -> Tensor:
+        """Share of open entries of the deterministic gate over all stacks, 0-dim float64; 1 without a mask."""
+        return self._mean([stack.density() for stack in self._ready()])
+
+    def _mean(self, values: list[Tensor]) -> Tensor:
+        """The mean over stacks, weighted by their entries."""
+        entries = [stack.weight.numel() for stack in self.stacks]
+        weighted = sum(value.to(values[0]) * count for value, count in zip(values, entries, strict=True))
+        return weighted / sum(entries)
+
+    def get_delta_weight(self, name: str) -> Tensor:
+        """M ⊙ AB [n, k] of the projection of this module name, deterministic gate, fp32 (fp64 for fp64), before rounding."""
+        for stack in self._ready():
+            if name in stack.names:
+                return stack.delta(stack.names.index(name))
+        known = [known for stack in self.stacks for known in stack.names]
+        raise InputError(f"there is no projection {name!r}; there are {len(known)}, such as {known[0]!r}")
+
+    # the life of a task
+
+    def fold_(self, task: str | None = None) -> dict[str, Tensor]:
+        """End a task: W += [L > 0] ⊙ (A B) in every stack, the active token folded, and fresh factors.
+
+        `task` names it (default: "task-1", "task-2", …). Returns the token's folded embeddings, empty without one.
+        Raises InputError for a task folded before, RuntimeError for factors folded already or not finite.
+        """
+        stacks = self._ready(thorough=True)
+        if task is None:
+            if self.folded and not any(stack.unfolded for stack in stacks):
+                raise RuntimeError(f"the factors were folded already, as {self.folded[-1]!r}; train before folding again")
+            task = f"task-{len(self.tasks) + 1}"
+        self._check_new(task)
+        parts = [stack.snapshot() for stack in stacks]
+        factors = {f"stacks.{i}.{name}": tensor for i, part in enumerate(parts) for name, tensor in part.items()}
+        for name, tensor in factors.items():
+            if not tensor.isfinite().all():
+                raise RuntimeError(f"{name} is not finite, nothing was folded; load an earlier state or call reset_(seed)")
+        embeddings = self.tokens.fold_() if self.tokens is not None and self.tokens.active else {}
+        for stack, part in zip(stacks, parts, strict=True):
+            stack.fold_(task, part)
+        self.tasks[task] = factors
+        self.folded.append(task)
+        self.reset_(derive_seed(self.config.seed, "factors", len(self.tasks)))
+        return embeddings
+
+    def add_task(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Register the stored factors of a task, without folding them: `rewind` does that. Fresh factors, as after a fold.
+
+        Raises InputError for a name that is taken, or factors that do not fit these stacks.
+        """
+        stacks = self._ready()
+        self._check_new(name)
+        unknown = sorted(set(tensors) - {f"stacks.{i}.{factor}" for i in range(len(stacks)) for factor in FACTORS})
+        if unknown:
+            raise InputError(f"unknown factor {unknown[0]!r} in task {name!r}; names are stacks.I.a, .b, .p, .q, .gate_bias")
+        for i, stack in enumerate(stacks):
+            (n, k), groups = stack.weight.shape, len(stack.sizes)
+            part = {factor: tensors.get(f"stacks.{i}.{factor}") for factor in FACTORS}
+            shapes = {factor: None if tensor is None else list(tensor.shape) for factor, tensor in part.items()}
+            r, s = (shapes[factor][-1] if shapes[factor] else None for factor in ("a", "p"))
+            wanted = {"a": [n, r], "b": [groups, r, k], "p": [n, s], "q": [groups, s, k], "gate_bias": [groups]}
+            if all(shapes[factor] is None for factor in ("p", "q", "gate_bias")):
+                wanted |= {"p": None, "q": None, "gate_bias": None}
+            for factor, shape in wanted.items():
+                if shapes[factor] != shape:
+                    got = shapes[factor]
+                    raise InputError(f"stacks.{i}.{factor} of task {name!r} must be {shape}, got {got}; attach its model")
+        self.tasks[name] = {key: tensor.detach().to("cpu", copy=True) for key, tensor in tensors.items()}
+        self.reset_(derive_seed(self.config.seed, "factors", len(self.tasks)))
+
+    def rewind(self, tasks: Iterable[str]) -> None:
+        """Rebuild the weights from W_0 and the stored factors of these tasks, in this order; the current factors stay.
+
+        The bits are those of having folded just these tasks. Raises InputError for an unknown or repeated name.
+        """
+        names = list(tasks)
+        unknown = [name for name in names if name not in self.tasks]
+        if unknown or len(set(names)) < len(names):
+            raise InputError(f"rewind takes each of {list(self.tasks)} at most once, got {names}")
+        for i, stack in enumerate(self._live()):
+            keys = {factor: f"stacks.{i}.{factor}" for factor in FACTORS}
+            stack.rewind(
+                (name, {factor: self.tasks[name][key] for factor, key in keys.items() if key in self.tasks[name]})
+                for name in names
+            )
+        self.folded = names
+
+    def detach(self) -> None:
+        """Make the U-Net plain again: what is folded stays, in weights and tokens, and unfolded factors are dropped.
+
+        Without a fold the weights have the bits they had before attach. The adapters cannot be used afterwards.
+        """
+        if self.unet is None:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self.unet.__dict__.pop("save_pretrained", None)
+        for stack in self.stacks:
+            stack.release()
+        if self.tokens is not None:
+            self.tokens.detach()
+        self.unet = None
+
+    def _check_new(self, task: str) -> None:
+        if task in self.tasks:
+            raise InputError(f"task {task!r} is folded or stored already, a second time would count twice; use another name")
+
+    def _live(self) -> nn.ModuleList:
+        if self.unet is None:
+            raise RuntimeError("these adapters are detached; call attach again")
+        return self.stacks
+
+    def _ready(self, thorough: bool = False) -> nn.ModuleList:
+        """The stacks, with the U-Net's weights tied to them."""
+        stacks = self._live()
+        for stack in stacks:
+            stack.refresh(thorough)
+        return stacks
+
+    def _guarded(self, save):
+        """save_pretrained, refused while it would leave out an unfolded residual."""
+
+        @functools.wraps(save)
+        def save_pretrained(*args, **kwargs):
+            if any(stack.unfolded for stack in self._ready(thorough=True)):
+                raise RuntimeError(
+                    "unfolded factors are no part of the saved weights; call adapters.fold_() to keep them, "
+                    "adapters.reset_(seed) or adapters.detach() to drop them"
+                )
+            return save(*args, **kwargs)
+
+        return save_pretrained

@@ -1,0 +1,131 @@
+"""StaminaConfig: the choices the method leaves open, each named, documented, and with a default."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from ..errors import InputError
+
+CHOICES = {
+    "mask": ("learned-low-rank", "random-low-rank", "none"),
+    "zero_factor": ("a", "b"),
+    "mlp_sharing": ("stack", "projection"),
+    "mlp_activation": ("silu", "relu", "gelu", "tanh"),
+    "tau_schedule": ("linear", "cosine", "exponential"),
+}
+AT_LEAST = {
+    "rank": 1, "gate_rank": 1, "mlp_depth": 0, "mlp_width": 1, "code_width": 1,
+    "token_depth": 0, "token_width": 1, "token_input_width": 1, "seed": 0,
+}
+POSITIVE = ("factor_scale", "tau_start", "tau_end")
+NOT_NEGATIVE = ("gate_scale", "sparsity_weight", "forgetting_weight")
+
+
+@dataclasses.dataclass(frozen=True)
+class StaminaConfig:
+    """What is learned in one task: `W + M ⊙ (A B)` with `M = [P Q + c + noise > 0]`, and the token. No learning rates.
+
+    Residual
+        rank: columns of A and rows of B, r.
+        zero_factor: which of "a" and "b" starts at zero, so that A·B = 0.
+        factor_scale: the other factor starts normal, with standard deviation factor_scale / sqrt(its fan-in): of k for
+            B, of r for A.
+    Mask
+        mask: "learned-low-rank", STAMINA's; "random-low-rank", drawn once per task with exactly `density` of its entries
+            open in every projection, and not trained (ablation); "none", M = 1: plain low-rank adaptation.
+        gate_rank: columns of P and rows of Q, s.
+        density: of the mask at the start of a task, in (0, 1): c starts at ln(density / (1 - density)).
+        gate_scale: standard deviation of the entries of P Q at the start, in logits.
+        code_width: width e of the fixed code E [n, e] from which the mask MLP makes P [n, s].
+        mlp_depth, mlp_width, mlp_activation: hidden layers of the mask MLP (0: one linear map), their width and activation.
+        mlp_sharing: one MLP for the rows of a whole "stack", or one for every "projection".
+        noise: whether training samples the mask with logistic noise; False trains the deterministic gate.
+        tau_start, tau_end, tau_schedule: temperature of the slope at the first and last step of a task, and the way
+            between them: "linear", "cosine" or "exponential". The hard mask itself does not depend on it.
+    Penalties, added to the loss
+        sparsity_weight: of the expected density of the mask.
+        forgetting_weight: of Σ (S ⊙ Δ)², S the folded past (C-LoRA). It is not portable between models.
+    Token
+        token_mlp: whether an MLP on a fixed input makes the embedding (STAMINA), or the row itself is trained (C-LoRA).
+        token_init: where it starts: "random" or "mean" (a random direction, or the mean, of typical norm), or a known word.
+        token_depth, token_width, token_input_width: hidden layers (0: one linear map), their width, and of the input.
+    seed: of the codes and of every fresh factor.
+
+    Raises InputError, a ValueError, for a value that does not fit.
+    """
+
+    rank: int = 16
+    zero_factor: str = "a"
+    factor_scale: float = 1.0
+    mask: str = "learned-low-rank"
+    gate_rank: int = 16
+    density: float = 0.9
+    gate_scale: float = 1.0
+    code_width: int = 32
+    mlp_depth: int = 1
+    mlp_width: int = 64
+    mlp_activation: str = "silu"
+    mlp_sharing: str = "stack"
+    noise: bool = True
+    tau_start: float = 1.0
+    tau_end: float = 1.0
+    tau_schedule: str = "linear"
+    sparsity_weight: float = 0.0
+    forgetting_weight: float = 0.0
+    token_mlp: bool = True
+    token_init: str = "random"
+    token_depth: int = 1
+    token_width: int = 64
+    token_input_width: int = 32
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, least in AT_LEAST.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in (*POSITIVE, *NOT_NEGATIVE, "density"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+                raise InputError(f"{name} must be a finite number, got {value!r}")
+            if value < 0 or (name in POSITIVE and value == 0):
+                raise InputError(f"{name} must {'be positive' if name in POSITIVE else 'not be negative'}, got {value!r}")
+        if not 0 < self.density < 1:
+            raise InputError(f"density must be between 0 and 1, both excluded, got {self.density!r}; for M = 1 set mask='none'")
+        for name in ("noise", "token_mlp"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        if not isinstance(self.token_init, str) or not self.token_init:
+            raise InputError(f"token_init must be random, mean or a word, got {self.token_init!r}")
+
+    @property
+    def samples(self) -> bool:
+        """Whether training draws the mask with noise: only a learned mask is drawn."""
+        return self.noise and self.mask == "learned-low-rank"
+
+    def tau(self, progress: float) -> float:
+        """The temperature at `progress` in [0, 1] through a task."""
+        if not 0 <= progress <= 1:
+            raise InputError(f"progress must be between 0 and 1, got {progress!r}")
+        if self.tau_schedule == "exponential":
+            return self.tau_start ** (1 - progress) * self.tau_end**progress
+        part = progress if self.tau_schedule == "linear" else (1 - math.cos(math.pi * progress)) / 2
+        return self.tau_start + (self.tau_end - self.tau_start) * part
+
+    def to_dict(self) -> dict[str, int | float | str | bool]:
+        """Every option by name, ready for YAML or JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, object]) -> StaminaConfig:
+        """The config of these options; an unknown name raises InputError, a missing one takes its default."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise InputError(f"unknown option {', '.join(unknown)}; the options are {', '.join(known)}")
+        return cls(**options)

@@ -1,0 +1,329 @@
+"""All K and V projections of one width, dtype and device as one matrix, of which the U-Net's weights are views."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import functional
+from ..ops.noise import GateNoise
+from ..ops.reference import compute_dtype
+from . import masks
+from .config import StaminaConfig
+
+# attribute of the text states that a U-Net's hook hands on: {stack: the projections' shares, or None while disabled}
+SEEN = "_stamina_seen"
+FACTORS = ("a", "b", "p", "q", "gate_bias")
+
+
+@dataclasses.dataclass
+class Control:
+    """What every stack of a U-Net obeys: the noise and temperature of the gate, and whether the residual is added.
+
+    penalties: None, or where each stack leaves its (sparsity, forgetting) when it next makes its shares.
+    """
+
+    noise: GateNoise | None = None
+    tau: float | Tensor = 1.0
+    enabled: bool = True
+    penalties: dict[Stack, tuple[Tensor, Tensor]] | None = None
+
+
+class StackedLinear(nn.Linear):
+    """A projection whose weight is rows of a `Stack`. A module takes this class on attach and its own back on detach."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        stack, index = self.place
+        y = stack.project(x, index)
+        if y is None:
+            return super().forward(x)
+        return y if self.bias is None else y + self.bias
+
+    def _apply(self, fn, recurse: bool = True):
+        # .to(), .half() and their kin give the weight a memory of its own
+        self.place[0].tied = False
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        self.place[0].tied = False
+        return super()._load_from_state_dict(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        raise RuntimeError(
+            "a U-Net with adapters cannot be copied or pickled: its weights are views of a shared matrix; "
+            "call adapters.detach() first, and attach again"
+        )
+
+
+def in_backward() -> bool:
+    """Whether autograd is running on this thread, as it is while gradient checkpointing computes a block again."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class Stack(nn.Module):
+    """The matrix W [N, k] of G projections in order, its base W_0, its fp32 master, and the factors of the current task.
+
+    weight [N, k] is the memory of the U-Net's own parameters. base is W_0 in the weight's dtype at attach. master is
+    W_0 plus all folds in fp32 (fp64 for fp64); it exists from the first fold on. Parameters: a [N, r], b [G, r, k], and
+    the mask's; fp32 (fp64 for fp64), the same objects for good.
+    """
+
+    def __init__(self, slots: Mapping[str, nn.Linear], config: StaminaConfig, control: Control, index: int):
+        super().__init__()
+        self.config, self.control, self.index = config, control, index
+        self.names, self.slots = tuple(slots), list(slots.values())
+        self.sizes = tuple(slot.weight.shape[0] for slot in self.slots)
+        self.base = torch.cat([slot.weight.detach() for slot in self.slots])
+        self.master = self._past = None
+        self._past_known = False
+        self.folded: list[str] = []
+        self.tied = False
+        n, k = self.base.shape
+        device, dtype = self.base.device, compute_dtype(self.base.dtype)
+        self.a = nn.Parameter(torch.empty(n, config.rank, device=device, dtype=dtype))
+        self.b = nn.Parameter(torch.empty(len(self.sizes), config.rank, k, device=device, dtype=dtype))
+        self.mask = None
+        if config.mask == "learned-low-rank":
+            self.mask = masks.LearnedMask(self.sizes, k, config, device, dtype, index)
+        elif config.mask == "random-low-rank":
+            self.mask = masks.RandomMask(self.sizes, k, config, device, dtype, self.base.dtype)
+        self._frozen = [slot.weight.requires_grad for slot in self.slots]
+        for position, slot in enumerate(self.slots):
+            slot.__class__ = StackedLinear
+            slot.place = (self, position)
+            slot.weight.requires_grad_(False)
+        self._tie(self.base.clone())
+
+    def release(self) -> None:
+        """Give the U-Net its plain modules back, each weight with a memory of its own and the bits in force."""
+        for slot, trained in zip(self.slots, self._frozen, strict=True):
+            slot.weight.data = slot.weight.data.clone()
+            slot.weight.requires_grad_(trained)
+            del slot.place
+            slot.__class__ = nn.Linear
+
+    # the views
+
+    def _tie(self, weight: Tensor) -> None:
+        self.weight = weight
+        for slot, rows in zip(self.slots, weight.split(self.sizes), strict=True):
+            slot.weight.data = rows
+        self._marks, self.tied = self._look(), True
+
+    def _look(self) -> list[tuple]:
+        weights = [slot.weight for slot in self.slots]
+        return [(w.data_ptr(), w.dtype, w._version, w.requires_grad) for w in weights]
+
+    @torch.compiler.disable
+    @torch.no_grad()
+    def refresh(self, thorough: bool = False, rebuilding: bool = False) -> None:
+        """Notice weights that were moved, cast or written from outside, and tie the views again.
+
+        Moved or cast: W_0, the master and the factors follow, and the weight is rounded anew from the master. Written
+        with other values: they become the new W_0 while nothing is folded, and raise RuntimeError after a fold, since
+        the next fold would drop them. `thorough` compares the values even where no trace of a write is left;
+        `rebuilding` disregards them, as the weight is about to be made anew.
+        """
+        marks = self._look()
+        if marks == self._marks and not thorough:
+            self.tied = True
+            return
+        if any(slot.weight.requires_grad for slot in self.slots):
+            raise RuntimeError(
+                "K/V weights are frozen while adapters are attached, and would get no gradient; "
+                "call unet.requires_grad_(False), or train them after adapters.detach()"
+            )
+        kinds = {(slot.weight.dtype, slot.weight.device) for slot in self.slots}
+        if len(kinds) > 1:
+            raise RuntimeError(
+                f"the K/V weights of one stack are spread over {sorted(map(str, kinds))}; "
+                "move the whole U-Net with .to(), or detach before offloading parts of it"
+            )
+        moved = [mark[:2] for mark in marks] != [mark[:2] for mark in self._marks]
+        values = torch.cat([slot.weight.detach() for slot in self.slots]) if moved else self.weight
+        if values.is_meta and not self.weight.is_meta:
+            raise RuntimeError("the K/V weights were offloaded to the meta device; detach before offloading")
+        expected = (self.base if self.master is None else self.master).to(values)
+        if moved and torch.equal(values, self.weight.to(values)):
+            values = expected.clone()
+        elif not rebuilding and not torch.equal(values, expected):
+            if self.folded:
+                raise RuntimeError(
+                    f"K/V weights were written from outside after folding {self.folded[-1]!r}; "
+                    "call adapters.rewind([...]) to rebuild them, or adapters.detach() to keep them"
+                )
+            self.base = values.clone()
+        if moved:
+            self._follow(values)
+            self._tie(values)
+        self._marks, self.tied = self._look(), True
+
+    def _follow(self, weight: Tensor) -> None:
+        self.to(weight.device)
+        self.base = self.base.to(weight.device)
+        self.master = None if self.master is None else self.master.to(weight.device, compute_dtype(weight.dtype))
+        self._past, self._past_known = None, False
+
+    # one step
+
+    def arguments(self) -> dict:
+        """Keyword arguments of `masked_linear` in force, except x, and "names": the projections in the order of the rows."""
+        p, q, gate_bias = (None, None, None) if self.mask is None else self.mask.factors()
+        return {
+            "weight": self.weight, "a": self.a, "b": self.b, "p": p, "q": q, "gate_bias": gate_bias, "sizes": self.sizes,
+            "noise": self.control.noise if isinstance(self.mask, masks.LearnedMask) else None,
+            "tau": self.control.tau, "names": self.names,
+        }
+
+    def shares(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """The output of every projection for x [..., k], by one operator call; None while disabled."""
+        if not self.control.enabled:
+            return None
+        arguments = self.arguments()
+        del arguments["names"]
+        found = self.control.penalties
+        if found is None or self in found:
+            y = functional.masked_linear(x, **arguments)
+        else:
+            y, sparsity, forgetting = functional.masked_linear_penalties(x, **arguments, past=self.past())
+            found[self] = sparsity, forgetting
+        # one split, whose backward is one concatenation, where G slices would each fill N columns with zeros
+        return y.split(self.sizes, dim=-1)
+
+    def project(self, x: Tensor, index: int) -> Tensor | None:
+        """Projection `index` of x, without bias; None where the plain product is wanted.
+
+        Text states that the U-Net's hook saw carry the shares computed then, with the noise of that forward, however
+        many forwards ago. Any other tensor is computed here: the whole stack where the mask is sampled, since the
+        noise belongs to rows of the stack. Within backward that would take the noise of another time, and is refused.
+        """
+        seen = getattr(x, SEEN, None)
+        if seen is not None and self in seen:
+            return None if seen[self] is None else seen[self][index]
+        if not torch.compiler.is_compiling():
+            if in_backward():
+                raise RuntimeError(
+                    f"{self.names[index]} is computed again within backward, on text states that the U-Net's hook did not see; "
+                    "use gradient checkpointing with use_reentrant=False, or none in models that change the states per layer"
+                )
+            self.refresh()
+        if not self.control.enabled:
+            return None
+        arguments = self.arguments()
+        if arguments["noise"] is not None:
+            return self.shares(x)[index]
+        rows = self.rows(index)
+        return functional.masked_linear(
+            x, self.weight[rows], **one_projection(arguments, rows, index), tau=arguments["tau"],
+        )
+
+    def rows(self, index: int) -> slice:
+        """The rows of projection `index`."""
+        start = sum(self.sizes[:index])
+        return slice(start, start + self.sizes[index])
+
+    # the life of a task
+
+    def reset_(self, generator: torch.Generator) -> None:
+        """Fresh factors in place, with A·B = 0."""
+        with torch.no_grad():
+            zero, drawn = (self.a, self.b) if self.config.zero_factor == "a" else (self.b, self.a)
+            zero.zero_()
+            # fan-in of B [r, k] is k, of A [n, r] is r
+            scale = self.config.factor_scale / drawn.shape[-1] ** 0.5
+            drawn.copy_(torch.randn(drawn.shape, generator=generator) * scale)
+        if self.mask is not None:
+            self.mask.reset_(generator)
+
+    @property
+    def unfolded(self) -> bool:
+        """Whether the factors in force add anything: A·B is not zero."""
+        return bool(self.a.any()) and bool(self.b.any())
+
+    @torch.no_grad()
+    def snapshot(self) -> dict[str, Tensor]:
+        """The deterministic factors on the CPU, as a fold reads them: rounded to the weight's dtype, c in fp32."""
+        arguments = self.arguments()
+        kept = {name: arguments[name] for name in FACTORS if arguments[name] is not None}
+        dtypes = {name: compute_dtype(self.weight.dtype) if name == "gate_bias" else self.weight.dtype for name in kept}
+        return {name: tensor.detach().to("cpu", dtypes[name], copy=True) for name, tensor in kept.items()}
+
+    @torch.no_grad()
+    def fold_(self, task: str, factors: Mapping[str, Tensor]) -> None:
+        """master += [L > 0] ⊙ (A B), weight = round(master), and so the U-Net's own weights."""
+        if self.master is None:
+            self.master = self.base.to(compute_dtype(self.weight.dtype), copy=True)
+        here = {name: tensor.to(self.weight.device) for name, tensor in factors.items()}
+        functional.fold_(self.weight, **here, sizes=self.sizes, master=self.master)
+        self.folded.append(task)
+        self._past_known = False
+
+    @torch.no_grad()
+    def rewind(self, tasks: Iterable[tuple[str, Mapping[str, Tensor]]]) -> None:
+        """Rebuild the weight from W_0 and the stored factors of these tasks, in this order."""
+        self.refresh(rebuilding=True)
+        self.master, self._past_known = None, False
+        self.folded, kept = [], []
+        for task, factors in tasks:
+            kept.append({name: tensor.to(self.weight.device) for name, tensor in factors.items()})
+            self.folded.append(task)
+        if kept:
+            self.master = torch.empty_like(self.base, dtype=compute_dtype(self.weight.dtype))
+        functional.rebuild_(self.weight, self.base, kept, sizes=self.sizes, master=self.master)
+
+    @torch.no_grad()
+    def past(self) -> Tensor | None:
+        """S = master - W_0 in fp32 [N, k], one tensor that each fold writes over; None while nothing is folded."""
+        if self.master is None:
+            return None
+        if not self._past_known:
+            if self._past is None:
+                self._past = torch.empty_like(self.master)
+            torch.sub(self.master, self.base, out=self._past)
+            self._past_known = True
+        return self._past
+
+    def penalties(self) -> tuple[Tensor, Tensor]:
+        """(sparsity, forgetting) of the factors in force."""
+        arguments = self.arguments()
+        kept = {name: arguments[name] for name in (*FACTORS, "sizes", "noise", "tau")}
+        return functional.gate_penalties(**kept, past=self.past(), dtype=self.weight.dtype)
+
+    @torch.no_grad()
+    def delta(self, index: int) -> Tensor:
+        """M ⊙ AB of one projection [n, k] with the deterministic gate, in fp32 (fp64 for fp64)."""
+        rows, low = self.rows(index), self.weight.dtype
+        one = one_projection(self.arguments(), rows, index)
+        product = one["a"].to(low).to(self.a.dtype) @ one["b"][0].to(low).to(self.b.dtype)
+        if one["p"] is None:
+            return product
+        mask = functional.gate_mask(one["p"], one["q"], one["gate_bias"], dtype=low)
+        return torch.where(mask, product, torch.zeros_like(product))
+
+    @torch.no_grad()
+    def density(self) -> Tensor:
+        """Share of open entries of the deterministic gate, 0-dim float64."""
+        if self.mask is None:
+            return torch.ones((), dtype=torch.float64, device=self.weight.device)
+        return masks.density(*self.mask.factors(), self.sizes, self.weight.dtype)
+
+
+def one_projection(arguments: Mapping, rows: slice, index: int) -> dict[str, Tensor | None]:
+    """The factors of projection `index` alone."""
+    parts = {"a": rows, "p": rows, "b": slice(index, index + 1)}
+    parts["q"] = parts["gate_bias"] = parts["b"]
+    return {name: None if arguments[name] is None else arguments[name][part] for name, part in parts.items()}
+
+
+@contextlib.contextmanager
+def disabled(control: Control) -> Iterator[None]:
+    """The folded model without the unfolded residual, until the block ends."""
+    before, control.enabled = control.enabled, False
+    try:
+        yield
+    finally:
+        control.enabled = before

@@ -1,0 +1,1 @@
+"""The masked low-rank operators, from torch alone: specification, schemas, public functions, backends."""

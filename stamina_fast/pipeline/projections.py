@@ -1,0 +1,83 @@
+"""Which modules of a U-Net project the text states, and what would keep them from carrying adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from ..adapter.config import StaminaConfig
+from ..adapter.stack import StackedLinear
+from ..errors import InputError
+from ..ops.functional import FLOATS
+
+STATES = "encoder_hidden_states"
+
+
+def find_projections(unet: nn.Module) -> dict[str, nn.Module]:
+    """The modules that project text states to keys and values, by name, in the order of the model: K then V."""
+    found = {}
+    for name, module in unet.named_modules():
+        if getattr(module, "added_kv_proj_dim", None) is not None:
+            # text enters through projections of its own, beside the self-attention's
+            pair = ("add_k_proj", "add_v_proj")
+        elif getattr(module, "is_cross_attention", False):
+            pair = ("to_k", "to_v")
+        else:
+            continue
+        found |= {f"{name}.{kind}": getattr(module, kind) for kind in pair}
+    return found
+
+
+def check_projections(unet: nn.Module, slots: Mapping[str, nn.Module], config: StaminaConfig) -> None:
+    """Raise InputError, with the remedy, where these projections cannot carry adapters."""
+    if not slots:
+        raise InputError(f"{type(unet).__name__} has no cross-attention on text; attach needs a text-conditioned U-Net")
+    for name, slot in slots.items():
+        if isinstance(slot, StackedLinear):
+            raise InputError("this U-Net already has adapters attached; call detach() on them first")
+        if type(slot) is not nn.Linear:
+            raise InputError(
+                f"{name} must be a plain torch.nn.Linear, got {type(slot).__module__}.{type(slot).__name__}; "
+                "unload LoRA or other adapter layers first (pipeline.unload_lora_weights()), and load without quantization"
+            )
+        if slot.weight.dtype not in FLOATS:
+            raise InputError(f"{name}.weight must be floating point, got {slot.weight.dtype}; load without quantization")
+        if slot.weight.is_inference():
+            raise InputError(f"{name}.weight was made under torch.inference_mode; load it outside")
+    smallest = min(min(slot.weight.shape) for slot in slots.values())
+    for option in ("rank", "gate_rank"):
+        value = getattr(config, option)
+        if value > smallest and not (option == "gate_rank" and config.mask == "none"):
+            raise InputError(f"{option} must be at most the smallest projection width, {smallest}, got {value}; lower {option}")
+    for module in unet.modules():
+        check_offload(module)
+    check_processors(unet.modules())
+
+
+def check_offload(module: nn.Module) -> None:
+    """Raise where weights are moved during the forward, which tears views of one matrix apart."""
+    hooks = getattr(module.__dict__.get("_diffusers_hook"), "hooks", {})
+    if "_hf_hook" in module.__dict__ or any("offloading" in name or "layerwise_casting" in name for name in hooks):
+        raise InputError(
+            "adapters cannot follow weights that are offloaded or cast during the forward; call "
+            "pipeline.remove_all_hooks() and .to(device), or detach the adapters before offloading"
+        )
+
+
+def check_processors(modules: Iterable[nn.Module]) -> None:
+    """Raise where an attention processor does not call to_k and to_v, so that the residual would be dropped."""
+    for module in modules:
+        processor = getattr(module, "processor", None)
+        if type(processor).__name__.startswith("Fused") or hasattr(processor, "to_k_custom_diffusion"):
+            raise InputError(
+                f"{type(processor).__name__} bypasses to_k and to_v and would drop the adapters; "
+                "call unet.unfuse_qkv_projections() or unet.set_default_attn_processor(), or detach the adapters first"
+            )
+
+
+def text_projection(unet: nn.Module) -> nn.Module | None:
+    """The module whose output, rather than what enters the U-Net, is the text states of the projections."""
+    inner = getattr(unet, "text_encoder_hid_proj", None)
+    kind = getattr(getattr(unet, "config", None), "encoder_hid_dim_type", None)
+    return unet.encoder_hid_proj if inner is None and kind in ("text_proj", "text_image_proj", "image_proj") else inner

@@ -1,0 +1,227 @@
+"""One optimizer step over fixed buffers: no tensor is read by the host, no buffer changes its address."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..ops.noise import GateNoise
+from ..seeds import derive_seed
+from .backbone import Backbone
+from .diffusion import Diffusion
+from .flat import Optimizer
+from .latents import LatentBank
+from .ranks import Ranks
+
+LOSSES = ("loss", "denoising", "sparsity", "forgetting", "gradient")
+# how what the parts of a batch return becomes one: the largest values, then the loss and its terms
+JOINS = (torch.maximum, *[torch.add] * 4)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """What a step reads, at fixed addresses; b the batch.
+
+    latents, noise   [b, c, h, w] fp32: clean scaled latents and the noise put on them
+    t                [b] int64 timesteps
+    ids              one [b, length] int64 for each text encoder
+    frames           [b, 6] fp32: original height and width, top and left of the crop, target height and width (pixels)
+    seed, clock      0-dim int64: of the gate's noise stream; the step, counted on by the step itself
+    tau              0-dim fp32, temperature of the gate's gradient
+    """
+
+    latents: Tensor
+    noise: Tensor
+    t: Tensor
+    ids: list[Tensor]
+    frames: Tensor
+    seed: Tensor
+    clock: Tensor
+    tau: Tensor
+
+    @staticmethod
+    def empty(batch: int, shape: tuple[int, int, int], lengths: list[int], device: torch.device) -> Buffers:
+        whole = {"dtype": torch.int64, "device": device}
+        return Buffers(
+            torch.zeros(batch, *shape, device=device), torch.zeros(batch, *shape, device=device), torch.zeros(batch, **whole),
+            [torch.zeros(batch, n, **whole) for n in lengths], torch.zeros(batch, 6, device=device),
+            torch.zeros((), **whole), torch.zeros((), **whole), torch.ones((), device=device),
+        )
+
+    def of_shape(self, shape: tuple[int, int, int]) -> Buffers:
+        """The same buffers but for latents and noise, which are [b, *shape]."""
+        latents, noise = (torch.zeros(len(self.t), *shape, device=self.t.device) for _ in range(2))
+        return replace(self, latents=latents, noise=noise)
+
+    def parts(self, count: int) -> list[Buffers]:
+        """`count` equal shares of the batch, as views."""
+        latents, noise, t, frames, *ids = (x.chunk(count) for x in (self.latents, self.noise, self.t, self.frames, *self.ids))
+        parts = zip(latents, noise, t, zip(*ids, strict=True), frames, strict=True)
+        return [Buffers(*part[:3], list(part[3]), part[4], self.seed, self.clock, self.tau) for part in parts]
+
+    def tensors(self) -> list[Tensor]:
+        return [self.latents, self.noise, self.t, *self.ids, self.frames, self.seed, self.clock, self.tau]
+
+
+class Feed:
+    """Fills the buffers for any step of a task, as a function of (seed, task, step) alone.
+
+    The batches of all `ranks`, one behind the other, are the batch that one process of that size would draw. Where `prior`
+    of the bank's last variants are class pictures, every second row is one of them. `size` (pixels): what the variants were
+    cut to, (height, width) or the side of a square.
+    """
+
+    def __init__(self, buffers: Buffers, bank: LatentBank, ids: list[Tensor], size: int | tuple[int, int], timesteps: int,
+                 seed: int, ranks: Ranks | None = None, prior: int = 0):
+        self.prior, self.learned = prior, len(bank) - prior
+        self.whole, self.rows = (ranks or Ranks()).rows(len(buffers.t))
+        self.buffers, self.bank, self.ids = buffers, bank, [part.to(bank.mean.device)[bank.picture] for part in ids]
+        self.timesteps, self.seed = timesteps, seed
+        self.draw = torch.Generator(device=bank.mean.device)
+        target = torch.tensor(size, device=bank.mean.device).expand(len(bank), 2)
+        self.frames = torch.cat([bank.frames, target], 1)
+
+    @staticmethod
+    def share(batch: int, parts: int, prior_weight: float, device: torch.device) -> Tensor | None:
+        """What each row of a part counts in the mean over its rows, [rows] fp32, where each part is one of `parts` and with
+        `prior_weight` every second row is a class picture; None where all count 1.
+        """
+        if not prior_weight:
+            return torch.full((batch // parts,), 1 / parts, device=device) if parts > 1 else None
+        return torch.tensor([2 / parts, 2 * prior_weight / parts], device=device).repeat(batch // parts)
+
+    def fill_(self, step: int) -> None:
+        """Random variants with their prompts, posterior samples, noise, and one timestep in each b-th part of the schedule."""
+        to, draw = self.buffers, self.draw.manual_seed(derive_seed(self.seed, "batch", step))
+        b, rows, device = self.whole, self.rows, to.t.device
+        shape = (b, *to.latents.shape[1:])
+        index = torch.randint(self.learned, (b,), generator=draw, device=device)
+        if self.prior:
+            index[1::2] = self.learned + torch.randint(self.prior, (b // 2,), generator=draw, device=device)
+        index = index[rows]
+        to.latents.copy_(self.bank.draw(index, torch.randn(shape, generator=draw, device=device)[rows]))
+        to.noise.copy_(torch.randn(shape, generator=draw, device=device)[rows])
+        share = (torch.arange(b, device=device) + torch.rand(b, generator=draw, device=device)) / b
+        to.t.copy_((share[rows] * self.timesteps).long().clamp(max=self.timesteps - 1))
+        to.frames.copy_(self.frames[index])
+        for buffer, ids in zip(to.ids, self.ids, strict=True):
+            buffer.copy_(ids[index])
+
+
+class Step:
+    """loss = denoising + sparsity_weight · sparsity + forgetting_weight · forgetting, its gradient, clipping, update.
+
+    The batch goes through the model in `accumulate` equal parts, whose gradients are summed: the mask, and so the noise of its
+    gate, is one for all of them, and the penalties are counted once. `share` [batch / accumulate] fp32, or None for ones, is
+    what a picture of a part counts in the denoising loss. Gradients and losses are the means over `ranks`, so that what
+    follows, clipping first, is the same on all of them.
+
+    `losses` [steps, 5] fp32 takes a row a step (see LOSSES). `bad_step` is the first step that met a NaN or an infinity, or
+    -1, and `bad` says where: both stay on the device until `trouble()` is asked.
+    """
+
+    def __init__(self, backbone: Backbone, adapters, diffusion: Diffusion, optimizer: Optimizer, buffers: Buffers,
+                 steps: int, weights: tuple[float, float], clip: float | None, accumulate: int = 1,
+                 share: Tensor | None = None, ranks: Ranks | None = None):
+        self.ranks = ranks or Ranks()
+        self.backbone, self.adapters, self.diffusion, self.optimizer = backbone, adapters, diffusion, optimizer
+        self.buffers, self.weights, self.clip = buffers, weights, clip
+        self.parts, self.share = buffers.parts(accumulate), share
+        device = buffers.t.device
+        names = optimizer.names
+        self.watched = [f"the parameter {n}" for n in names] + ["the latents", "the text states", "the U-Net's prediction"] + [
+            f"the {n} loss" for n in LOSSES[1:4]] + [f"the gradient of {n}" for n in names] + ["the gradient's norm"]
+        self.losses = torch.zeros(steps, len(LOSSES), device=device)
+        self.bad = torch.zeros(len(self.watched), dtype=torch.bool, device=device)
+        self.bad_step = torch.full((), -1, device=device)
+        self.zeros = torch.zeros(2, device=device).unbind()
+
+    def of_shape(self, shape: tuple[int, int, int]) -> Step:
+        """The same step for latents of another shape [c, h, w]: everything else is shared."""
+        other = copy.copy(self)
+        other.buffers = self.buffers.of_shape(shape)
+        other.parts = other.buffers.parts(len(self.parts))
+        return other
+
+    def begin_(self, seed: int) -> None:
+        """Back to step 0 of a task whose gate noise has this seed; parameters are views again, the optimizer is fresh."""
+        self.buffers.seed.fill_(seed)
+        self.buffers.clock.zero_()
+        self.losses.zero_()
+        self.bad.zero_()
+        self.bad_step.fill_(-1)
+        self.optimizer.reset_()
+        self.adapters.noise = GateNoise(self.buffers.seed, self.buffers.clock)
+        self.adapters.tau = self.buffers.tau
+
+    def addresses(self) -> list[int]:
+        """Where everything lies that a step reads or writes and that stays when it is over; 0 for what is not there."""
+        modules = [self.backbone.unet, *self.backbone.encoders, self.adapters.stacks, self.adapters.tokens]
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        for flat in self.optimizer.flats:
+            tensors += [flat.values, flat.grads, *flat.views, *flat.grad_views, *(p.grad for p in flat.parameters)]
+        tensors += [*self.optimizer.tensors(), *self.buffers.tensors(), self.losses, self.bad, self.bad_step]
+        if any(self.weights):
+            tensors += [stack.past() for stack in self.adapters.stacks]
+        return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+    def __call__(self) -> None:
+        self.gradient_()
+        self.optimizer.step_()
+
+    def gradient_(self) -> None:
+        """Everything but the optimizer's step: losses and the clipped gradient."""
+        to, optimizer = self.buffers, self.optimizer
+        optimizer.zero_grads_()
+        sizes = [optimizer.value_norms()]
+        passes = [self._pass(part, first=i == 0) for i, part in enumerate(self.parts)]
+        with torch.no_grad():
+            parts = zip(*passes, strict=True)
+            largest, *terms = (functools.reduce(join, part) for join, part in zip(JOINS, parts, strict=True))
+            terms = torch.stack(terms).float()
+            # the mean of the largest values is finite where all of them are
+            self.ranks.average_([*(flat.grads for flat in optimizer.flats), terms, largest])
+            norms = optimizer.norms()
+            norm = torch.linalg.vector_norm(norms)
+            self._watch(torch.cat([*sizes, largest, terms[1:], norms, norm[None]]))
+            self.losses.index_copy_(0, to.clock[None], torch.cat([terms, norm[None]])[None])
+            if self.clip is not None:
+                optimizer.scale_grads_((self.clip / (norm + 1e-12)).clamp(max=1))
+            to.clock.add_(1)
+
+    def _pass(self, part: Buffers, first: bool) -> tuple[Tensor, ...]:
+        """Forward and backward of one part: the largest values met [3], what it adds to the loss, and the terms of that."""
+        noisy, target = self.diffusion.noised(part.latents, part.noise, part.t)
+        states, pooled = self.backbone.encode(part.ids)
+        counted = first and any(self.weights)
+        with self.adapters.penalised() if counted else contextlib.nullcontext(lambda: self.zeros) as penalties:
+            predicted = self.backbone.predict(noisy, part.t, states, pooled, part.frames)
+        terms = [self.diffusion.loss(predicted, target, part.t, self.share), *penalties()]
+        loss = terms[0]
+        for weight, penalty in zip(self.weights, terms[1:], strict=True):
+            # what has no weight asks for no gradient
+            loss = loss + weight * penalty if weight else loss
+        loss.backward()
+        with torch.no_grad():
+            sizes = torch.stack([x.detach().float().abs().amax() for x in (part.latents, states, predicted)])
+        return sizes, *(term.detach() for term in (loss, *terms))
+
+    def _watch(self, sizes: Tensor) -> None:
+        """Keep where the first non-finite values of the task were, without reading them."""
+        bad, clean = ~torch.isfinite(sizes), self.bad_step < 0
+        self.bad_step.copy_(torch.where(clean & bad.any(), self.buffers.clock, self.bad_step))
+        self.bad.copy_(torch.where(clean, bad, self.bad))
+
+    def trouble(self) -> str | None:
+        """What was not finite first, and when; None where all is well (waits for the device)."""
+        step = self.bad_step.item()
+        if step < 0:
+            return None
+        # in the order in which a step computes them: the first is the cause, the rest follow from it
+        where = [name for name, bad in zip(self.watched, self.bad.tolist(), strict=True) if bad]
+        return f"{where[0]} is not finite at step {step}"

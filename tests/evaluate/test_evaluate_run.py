@@ -1,0 +1,114 @@
+"""A whole run measured: every prefix, the base, held-out images, and what cannot be measured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import tinypipes
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from stamina_fast import StaminaConfig, attach
+from stamina_fast.demo import prepare_concepts
+from stamina_fast.errors import InputError, StaminaError
+from stamina_fast.evaluate import evaluate_run, features, keep_held_out
+from stamina_fast.evaluate.mmd import median_distance, mmd2
+from stamina_fast.evaluate.real import real_images
+from stamina_fast.evaluate.run import weight_change
+from stamina_fast.io.run import Run
+from stamina_fast.pipeline.sampling import sample, to_pil
+from stamina_fast.seeds import derive_seed
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of two concepts on a tiny pipeline with random weights, its base and its pictures."""
+    from stamina_fast.training import train
+
+    folder = tmp_path_factory.mktemp("trained")
+    tinypipes.sd21().save_pretrained(folder / "base")
+    concepts = prepare_concepts(folder / "photographs", subjects=("cat", "rocket"))
+    train(str(folder / "base"), concepts, folder / "run", steps=3, batch=2, rank=2, gate_rank=2, progress=False)
+    return folder
+
+
+QUICKLY = {"samples": 3, "steps": 2, "progress": False}
+
+
+def test_evaluate_run_measures_every_prefix(trained):
+    run, real = trained / "run", trained / "photographs" / "held-out"
+    got = evaluate_run(run, real=real, **QUICKLY)
+    assert json.loads((run / "metrics.json").read_text()) == json.loads(json.dumps(got))
+    assert {"A_mmd", "F_mmd", "tasks"} <= set(got)
+    assert all({"name", "mmd_base", "mmd_after", "mmd_end", "seconds"} <= set(task) for task in got["tasks"])
+    assert list(got["by_guidance"]) == ["1", "3"]
+    assert got["A_mmd"] == got["by_guidance"]["1"]["A_mmd"] != got["by_guidance"]["3"]["A_mmd"]
+    # what the numbers say can be had without any of this: the stored model is the one after the last task
+    plain = DiffusionPipeline.from_pretrained(run / "model")
+    phi = features.layout
+    x = phi([Image.open(path) for path in sorted((real / "cat").glob("*.png"))])
+    y = phi(to_pil(sample(plain, "a photo of <cat>", 3, seed=0, guidance=1.0, steps=2)))
+    assert got["tasks"][0]["mmd_end"] == pytest.approx(mmd2(x, y, median_distance(x)), abs=1e-5)
+    first, second = got["tasks"]
+    assert first["distance"] == first["step"] > 0
+    assert second["distance"] != second["step"] > 0
+    assert first["overlap"] is None
+    assert 0 < second["overlap"] <= 1
+    again = evaluate_run(run, real=real, guidance=(1.0,), **QUICKLY)
+    assert again["by_guidance"]["1"] == got["by_guidance"]["1"], "the same seed, the same numbers"
+
+
+def test_the_base_is_the_model_without_what_was_learned(trained):
+    got = evaluate_run(trained / "run", real=trained / "photographs" / "held-out", guidance=(2.0,), **QUICKLY)
+    pipeline = DiffusionPipeline.from_pretrained(trained / "base")
+    adapters = attach(pipeline, StaminaConfig(rank=2, gate_rank=2))
+    adapters.tokens.begin("<cat>", derive_seed(derive_seed(0, "task", 0), "token"))
+    y = features.layout(to_pil(sample(pipeline, "a photo of <cat>", 3, seed=0, guidance=2.0, steps=2)))
+    real = trained / "photographs" / "held-out" / "cat"
+    x = features.layout([Image.open(path) for path in sorted(real.glob("*.png"))])
+    assert got["tasks"][0]["mmd_base"] == pytest.approx(mmd2(x, y, median_distance(x)), abs=1e-5)
+    assert got["guidance"] == 2.0
+
+
+def test_real_images_are_held_out_ones_kept_in_the_run(trained, tmp_path):
+    shutil.copytree(trained / "run", tmp_path / "run")
+    run = Run.open(tmp_path / "run")
+    images, kind = real_images(run, 32)
+    assert kind == "trained on"
+    assert [len(x) for x in images] == [8, 8]
+    for name in ("cat", "rocket"):
+        keep_held_out(run.path, name, sorted((trained / "photographs" / "held-out" / name).glob("*.png")))
+    images, kind = real_images(run, 16)
+    assert kind == "held out"
+    assert [len(x) for x in images] == [16, 16]
+    assert {image.size for x in images for image in x} == {(16, 16)}
+    with pytest.raises(InputError, match="at least two real pictures of 'cat'"):
+        real_images(run, 32, tmp_path)
+
+
+def test_evaluate_refuses_what_it_cannot_measure(trained, tmp_path):
+    run, real = trained / "run", trained / "photographs" / "held-out"
+    before = (run / "metrics.json").read_bytes() if (run / "metrics.json").exists() else None
+    tinypipes.sd21(seed=1).save_pretrained(tmp_path / "other")
+    refused = (({"samples": 1}, "at least 2 samples"), ({"guidance": ()}, "guidance"), ({"features": "nope"}, "not on this"),
+               ({"model": str(tmp_path / "other")}, "not the one"), ({"real": tmp_path / "none"}, "at least two real"))
+    for wrong, message in refused:
+        with pytest.raises(StaminaError, match=message) as error:
+            evaluate_run(run, **{"real": real, **QUICKLY, **wrong})
+        assert "\n" not in str(error.value)
+    with pytest.raises(StaminaError, match="not a run"):
+        evaluate_run(tmp_path)
+    after = (run / "metrics.json").read_bytes() if (run / "metrics.json").exists() else None
+    assert after == before
+
+
+def test_weight_change_counts_what_earlier_tasks_had_changed():
+    first = torch.tensor([[3.0, 0.0], [4.0, 0.0]])
+    second = first + torch.tensor([[1.0, 2.0], [0.0, 2.0]])
+    assert weight_change([first], [None]) == {"distance": 5.0, "step": 5.0, "overlap": None}
+    got = weight_change([second], [first])
+    assert got["step"] == 3.0
+    assert got["overlap"] == pytest.approx(1 / 3)

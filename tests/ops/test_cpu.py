@@ -1,0 +1,385 @@
+"""The compiled CPU backend: every instruction set by itself, any number of threads, any layout of its arguments."""
+
+from itertools import accumulate
+from types import SimpleNamespace
+
+import cases
+import pytest
+import torch
+from cases import NOISE, assert_close, eager, everything, masks, problem, relative, specified, strided
+from hypothesis import HealthCheck, given, settings, strategies as st
+from torch.profiler import ProfilerActivity, profile
+
+import stamina_fast as sf
+from stamina_fast.ops import cpu, reference
+from stamina_fast.ops.noise import halves
+
+pytestmark = [
+    pytest.mark.skipif(bool(cpu.load()), reason=cpu.load() or "-"),
+    pytest.mark.skipif(cases.DEVICE.type != "cpu", reason="the shared cases are made on the GPU here"),
+]
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+LOW = (torch.float32, torch.bfloat16, torch.float16)
+SETS = ("avx512_bf16", "avx512", "avx2", "generic")
+SIZES = (7, 70, 0, 3)
+
+
+def kernels(instructions):
+    """The backend on one instruction set in the shape of the Triton modules, as the shared cases call them."""
+    if instructions not in cpu.instruction_sets():
+        pytest.skip(f"this machine has {' '.join(cpu.instruction_sets())}")
+    only = {"instructions": instructions}
+
+    def backward_input(grad, weight, *factors):
+        x = grad.new_zeros(grad.shape[0], weight.shape[1])
+        return cpu.backward(grad, x, weight, *factors, 1.0, True, False, **only)[0].to(grad.dtype)
+
+    def backward_factors(grad, x, a, b, p, q, gate_bias, sizes, seed, step, tau, *penalties):
+        # the factors' gradients do not read the weight
+        weight = x.new_full((), torch.nan).expand(a.shape[0], b.shape[2])
+        return cpu.backward(grad, x, weight, a, b, p, q, gate_bias, sizes, seed, step, tau, False, True, *penalties, **only)[1:]
+
+    def penalties(dtype, a, b, *others):
+        x = a.new_empty(0, b.shape[2], dtype=dtype)
+        return cpu.forward_penalties(x, x.new_empty(()).expand(a.shape[0], b.shape[2]), a, b, *others, **only)[1:]
+
+    return SimpleNamespace(
+        masked_linear=SimpleNamespace(forward=lambda *a: cpu.forward(*a, **only), backward_input=backward_input),
+        factors=SimpleNamespace(backward_factors=backward_factors),
+        penalties=SimpleNamespace(forward=penalties),
+        fold=SimpleNamespace(fold_=lambda *a: cpu.fold_(*a, **only)),
+        rebuild=SimpleNamespace(rebuild_=lambda *a: cpu.rebuild_(*a, **only)),
+    )
+
+
+@pytest.fixture(params=SETS)
+def only(request):
+    return kernels(request.param)
+
+
+def same(one, two):
+    assert len(one) == len(two)
+    return all(torch.equal(left, right) for left, right in zip(one, two, strict=True))
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+
+SHAPES = [
+    # tokens, k, sizes, r, s: ragged sizes, an empty projection, odd everything, a second span, wide ranks, many tokens
+    (1, 1, (1,), 1, 1),
+    (5, 40, SIZES, 3, 5),
+    (17, 259, (2, 33), 2, 1),
+    (16, 64, (64, 65), 17, 80),
+    (178, 48, (45, 1), 4, 4),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_equals_the_specification(only, shape, dtype):
+    arguments = problem(*shape, dtype)
+    past = torch.randn(sum(shape[2]), shape[1], generator=torch.Generator().manual_seed(5)).to(reference.compute_dtype(dtype))
+    assert_close(cases.run(only, *arguments, shape[2], past=past), specified(*arguments, shape[2], past=past), dtype)
+    assert_close(cases.run(only, *arguments, shape[2], tau=1.0), specified(*arguments, shape[2], tau=1.0), dtype)
+
+
+@pytest.mark.parametrize("variant", ["no gate", "no bias", "no noise"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_variants(only, dtype, variant):
+    arguments = problem(3, 40, SIZES, 3, 5, dtype, gate=variant != "no gate", bias=variant != "no bias")
+    past = torch.randn(80, 40, dtype=reference.compute_dtype(dtype))
+    options = {"noise": None if variant == "no noise" else NOISE, "past": past}
+    made, wanted = list(cases.run(only, *arguments, SIZES, **options)), list(specified(*arguments, SIZES, **options))
+    if variant == "no bias":
+        # the specification had a bias of zeros, and a gradient for it
+        assert made[6] is None
+        wanted[6] = None
+    assert_close(made, wanted, dtype)
+
+
+@pytest.mark.parametrize("shape", [(0, 40, (7, 5), 3, 5), (3, 40, (7, 5), 0, 5), (3, 40, (7, 5), 3, 0), (3, 40, (7, 5), 0, 0)],
+                         ids=["no tokens", "rank 0", "gate rank 0", "no ranks"])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_empty(only, dtype, shape):
+    """A factor of rank 0 has no memory, and is there all the same: its gate is its bias."""
+    arguments, past = problem(*shape, dtype), torch.randn(12, 40)
+    assert_close(cases.run(only, *arguments, shape[2], past=past), specified(*arguments, shape[2], past=past), dtype)
+
+
+@pytest.mark.parametrize(("k", "sizes"), [(0, (7, 5)), (40, (0, 0)), (40, ())], ids=["no columns", "no rows", "no projections"])
+def test_nothing_to_multiply(only, k, sizes):
+    grad, x, weight, *others = problem(3, k, sizes, 2, 5, torch.float32)
+    only.fold.fold_(weight, *others, sizes, None)
+    made = cases.run(only, grad, x, weight, *others, sizes, past=weight)
+    for got, like in zip(made, (grad, x, *others, torch.zeros(()), torch.zeros(())), strict=True):
+        assert torch.equal(got, torch.zeros_like(like))
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_small_integers_are_exact(only, dtype):
+    """Every product and sum of them is: bit-equal to float64, with W and without, and the fold too."""
+    sizes, k, tokens = (35, 30), 40, 5
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*shape):
+        return torch.randint(-1, 2, shape, generator=generator).double()
+
+    grad, x, weight = draw(tokens, 65), draw(tokens, k), draw(65, k)
+    factors = draw(65, 2), draw(2, 2, k), draw(65, 3), draw(2, 3, k), torch.full((2,), 0.5, dtype=torch.float64)
+    for w in (weight, torch.zeros_like(weight)):
+        exact = specified(grad, x, w, *factors, sizes)
+        low = [t.to(dtype) for t in (grad, x, w)]
+        got = cases.run(only, *low, *(t.float() for t in factors), sizes)
+        assert [i for i in range(4) if not torch.equal(got[i].double(), exact[i])] == []
+    only.fold.fold_(folded := weight.to(dtype), *factors, sizes, None)
+    assert torch.equal(folded.double(), reference.fold_(weight, *factors, sizes=sizes))
+
+
+@pytest.mark.parametrize("zero_weight", [False, True], ids=["W", "W=0"])
+@pytest.mark.parametrize("noise", [None, NOISE], ids=["plain", "noise"])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("k", [320, 768])
+def test_error_is_at_most_that_of_the_eager_code(only, k, dtype, noise, zero_weight):
+    sizes = (64, 128)
+    x, weight, factors = cases.case(dtype, 192, k, sizes, 16, 8, tokens=(77,))
+    if zero_weight:
+        weight = torch.zeros_like(weight)
+    seed, step = (None, None) if noise is None else noise.tensors(x.device)
+    y = only.masked_linear.forward(x, weight, *factors.values(), sizes, seed, step)
+    exact = {name: t.double() for name, t in factors.items()}
+    truth = reference.masked_linear(x.double(), weight.double(), **exact, sizes=sizes, noise=noise)
+    plain = eager(x, weight, **factors, sizes=sizes, noise=noise)
+    assert relative(y, truth) <= 1.05 * relative(plain, truth)
+    ulp = torch.finfo(dtype).eps * truth.abs()
+    assert ((y.double() - truth).abs() - ulp).max() <= 2 * (plain.double() - truth).abs().max()
+
+
+# ---- the gate ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_masks_are_one(only, dtype):
+    """The same in forward, dx and the factors' gradients; with the fold's; and the reference's away from the threshold."""
+    sizes, k = (33, 70), 270
+    *_, p, q, gate_bias = problem(1, k, sizes, 1, 4, dtype)
+    z = reference.noisy_logits(p, q, gate_bias, sizes, dtype, NOISE)
+    forward, backward, through = masks(only, sizes, k, p, q, gate_bias, NOISE, dtype)
+    assert same((forward, forward), (backward, through))
+    away = z.abs() >= 1e-5
+    assert torch.equal((z > 0)[away], forward.bool()[away])
+    assert 0.3 < forward.mean() < 0.7
+    plain, *others = masks(only, sizes, k, p, q, gate_bias, None, dtype)
+    ones = torch.ones(103, 1), torch.ones(2, 1, k)
+    only.fold.fold_(weight := torch.zeros(103, k, dtype=dtype), *ones, p, q, gate_bias, sizes, None)
+    assert same((plain, plain, plain), (*others, weight.float()))
+
+
+def test_stream_layout(only):
+    """The draw of (row, column) is the specification's: logits a quarter of a draw either side of its threshold."""
+    rows, k = 3, 300
+    h = halves(NOISE, rows, k, torch.device("cpu")).double()
+    threshold = torch.log((65535.5 - h) / (h + 0.5))
+    quarter = 16384 / ((h + 0.5) * (65535.5 - h))
+    ones = torch.ones(rows, 1), torch.ones(1, 1, k)
+    for shift, wanted in ((quarter, 1.0), (-quarter, 0.0)):
+        # one projection with P = the unit matrix puts any logits into Q
+        gate = torch.eye(rows), (threshold + shift).unsqueeze(0), None
+        y = only.masked_linear.forward(torch.eye(k), torch.zeros(rows, k), *ones, *gate, (rows,), *NOISE.tensors("cpu"))
+        assert (y == wanted).all()
+
+
+def test_extreme_logits(only):
+    """Infinite and huge ones decide the gate, one that is not a number closes it; no slope is infinite."""
+    bias = torch.tensor([1e4, 3e38, torch.inf, -1e4, -3e38, -torch.inf, torch.nan])
+    sizes, k = (2,) * 7, 40
+    zero, ones = torch.zeros(14, k), (torch.ones(14, 1), torch.ones(7, 1, k))
+    gate = torch.zeros(14, 1), torch.zeros(7, 1, k), bias
+    for noise in (None, NOISE):
+        place = sizes, *((None, None) if noise is None else noise.tensors("cpu"))
+        y = only.masked_linear.forward(torch.eye(k), zero, *ones, *gate, *place)
+        assert (y[:, :6] == 1).all()
+        assert (y[:, 6:] == 0).all()
+        for tau in (0.1, 1.0, 10.0):
+            made = only.factors.backward_factors(torch.ones(1, 14), torch.ones(1, k), *ones, *gate, *place, torch.tensor(tau))
+            assert all(g[: 12 if g.ndim == 2 else 6].isfinite().all() for g in made)
+
+
+# ---- bits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_change_no_bit(only, dtype):
+    sizes = (300, 0, 270)
+    arguments, made = problem(33, 140, sizes, 5, 3, dtype), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            made.append(everything(only, arguments, sizes))
+    finally:
+        torch.set_num_threads(before)
+    assert all(same(made[0], other) for other in made[1:])
+
+
+@pytest.mark.parametrize(("r", "s"), [(5, 3), (67, 130)])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_instruction_sets_agree(dtype, r, s):
+    """Bit for bit on the mask, and on a fold by itself, into a master and of many tasks; products within a rounding."""
+    sizes, k = (33, 70), 270
+    arguments = problem(9, k, sizes, r, s, dtype)
+    sets = [kernels(name) for name in cpu.instruction_sets()]
+    if len(sets) == 1:
+        pytest.skip("this machine has but one")
+    gates = [masks(one, sizes, k, *arguments[5:], NOISE, dtype) for one in sets]
+    assert all(same(gates[0], other) for other in gates[1:])
+    made = [everything(one, arguments, sizes) for one in sets]
+    assert all(same(made[0][-5:], other[-5:]) for other in made[1:])
+    for other in made[1:]:
+        assert_close(made[0][:9], [t.double() for t in other[:9]], dtype)
+
+
+@pytest.mark.parametrize("kind", ["transposed", "gaps", "offset"])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_strides_change_no_bit(only, dtype, kind):
+    sizes = (7, 66)
+    plain = problem(5, 40, sizes, 3, 5, dtype)
+
+    def moved(t):
+        if kind != "offset":
+            return strided(t, kind)
+        room = torch.full((t.numel() + 1,), torch.nan, dtype=t.dtype)
+        room[1:] = t.flatten()
+        return room[1:].view(t.shape)
+
+    other = tuple(moved(t) if t.ndim > 1 or kind == "offset" else t for t in plain)
+    past = plain[2].float()
+    assert same(cases.run(only, *plain, sizes, past=past), cases.run(only, *other, sizes, past=moved(past)))
+    folds = (plain[2].clone(), past.clone()), (moved(plain[2]), moved(past))
+    for weight, master in folds:
+        only.fold.fold_(weight, *plain[3:], sizes, None)
+        only.fold.fold_(weight, *plain[3:], sizes, master)
+    assert same(*folds)
+
+
+def test_expanded_arguments(only):
+    """`y.sum().backward()` hands over a gradient with strides of 0; x may be one row for all."""
+    grad, x, *rest = problem(5, 40, (7, 66), 3, 5, torch.float32)
+    ones, row = torch.ones(()).expand(grad.shape), x[:1].expand(5, 40)
+    made = [cases.run(only, *pair, *rest, (7, 66)) for pair in ((ones, row), (ones.contiguous(), row.contiguous()))]
+    assert same(*made)
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_repeats_change_no_bit(only, dtype, count):
+    sizes = (40, 33)
+    arguments, before = problem(9, 70, sizes, 3, 2, dtype), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        first = everything(only, arguments, sizes)
+        assert all(same(first, everything(only, arguments, sizes)) for _ in range(count))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_every_element_is_written(only, monkeypatch):
+    """Results that start as NaN end without one."""
+    arguments = problem(5, 40, (7, 70, 0), 3, 5, torch.float16)
+    expected = everything(only, arguments, (7, 70, 0))
+    plain = torch.empty, torch.Tensor.new_empty
+
+    def poisoned(make):
+        def made(*arguments, **options):
+            buffer = make(*arguments, **options)
+            return buffer.fill_(torch.nan) if buffer.is_floating_point() else buffer
+
+        return made
+
+    monkeypatch.setattr(torch, "empty", poisoned(plain[0]))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(plain[1]))
+    assert same(everything(only, arguments, (7, 70, 0)), expected)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_nothing_of_the_weights_size_is_made(only, dtype):
+    """The most that torch's allocator gives at any one time, to C++ too, in forward, backward with penalties and fold."""
+    sizes, k = (2048, 1024, 1024), 1024
+    arguments = problem(4, k, sizes, 2, 2, dtype)
+    past = torch.ones(4096, k)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        cases.run(only, *arguments, sizes, past=past)
+        only.fold.fold_(arguments[2], *arguments[3:], sizes, past)
+    events = profiler.profiler.kineto_results.events()
+    moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+    most = max(accumulate(nbytes for _, nbytes in moves))
+    # a left factor widened is 32 KiB, and the results are not more
+    assert 4 * 4096 * arguments[2].element_size() <= most <= 4096 * k
+
+
+# ---- any input -----------------------------------------------------------------------------------------------------
+
+
+EDGES = st.sampled_from([0, 1, 2, 3, 5, 15, 16, 17, 33, 65])
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    instructions=st.sampled_from(cpu.instruction_sets() if not cpu.load() else ["none"]), dtype=st.sampled_from(DTYPES),
+    tokens=st.sampled_from([0, 1, 2, 7, 80, 81]), k=st.sampled_from([0, 1, 15, 16, 17, 255, 256, 257, 273]),
+    sizes=st.lists(EDGES, min_size=1, max_size=3), r=EDGES, s=st.sampled_from([0, 1, 2, 5]), gate=st.booleans(),
+    noise=st.sampled_from([None, NOISE]), tau=st.sampled_from([1.0, 0.3]), seed=st.integers(0, 99),
+)
+def test_any_shape(instructions, dtype, tokens, k, sizes, r, s, gate, noise, tau, seed):
+    arguments, sizes = problem(tokens, k, tuple(sizes), r, s, dtype, gate=gate, seed=seed), tuple(sizes)
+    past = arguments[2].to(reference.compute_dtype(dtype))
+    made = cases.run(kernels(instructions), *arguments, sizes, noise, tau, past)
+    wanted = specified(*arguments, sizes, noise, tau, past)
+    if gate and past.numel():
+        # a logit too near 0 for fp32 and fp64 to agree
+        p, q = (t.to(dtype).double() for t in arguments[5:7])
+        if (reference.noisy_logits(p, q, arguments[7].double(), sizes, torch.float64, noise).abs() < 1e-4).any():
+            return
+    for name, got, want in zip(cases.NAMES, made, wanted, strict=True):
+        assert (got is None) == (want is None)
+        if got is not None:
+            assert got.shape == want.shape
+            assert got.isfinite().all()
+            limit = cases.CLOSE[dtype] * 4 + (torch.finfo(dtype).eps / 4 if name in ("y", "dx") else 0)
+            assert (got.double() - want.double()).norm() <= limit * want.double().norm() + 1e-6, name
+
+
+def test_other_dtypes_of_factors_and_past(backend):
+    """Factors wider or narrower than the weight are rounded to it; gradients come back in theirs."""
+    _, x, weight, *factors = problem(5, 40, (7, 5), 3, 2, torch.float32)
+    for dtype in (torch.float64, torch.bfloat16):
+        leaves = [t.to(dtype).requires_grad_() for t in factors]
+        y = sf.masked_linear(x, weight, *leaves, sizes=(7, 5), noise=NOISE)
+        rounded = [t.detach().float() for t in leaves]
+        torch.testing.assert_close(y, reference.masked_linear(x, weight, *rounded, sizes=(7, 5), noise=NOISE))
+        assert {g.dtype for g in torch.autograd.grad(y.sum(), leaves)} == {dtype}
+    past = torch.randn(12, 40)
+    for other in (past.double(), past.T.contiguous().T, torch.ones(()).expand(12, 40)):
+        made = sf.gate_penalties(*factors, sizes=(7, 5), noise=NOISE, past=other)
+        wanted = reference.gate_penalties(*factors, sizes=(7, 5), noise=NOISE, past=other)
+        torch.testing.assert_close(made, wanted)
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_is_the_default_on_a_cpu(dtype):
+    x, weight, factors = cases.case(dtype)
+    before = sf.launches().get("masked_linear/cpu", 0)
+    sf.masked_linear(x, weight, **factors, sizes=cases.SIZES)
+    assert sf.launches()["masked_linear/cpu"] == before + 1
+    available, reason = sf.backends()["cpu"]
+    assert available
+    assert reason.endswith("generic")
+
+
+def test_unknown_instructions_are_refused():
+    _, x, weight, *factors = problem(1, 4, (3,), 1, 1, torch.float32)
+    with pytest.raises(ValueError, match=r"instructions must be one of .*generic, got sse"):
+        cpu.forward(x, weight, *factors, (3,), None, None, instructions="sse")

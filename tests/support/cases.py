@@ -1,0 +1,168 @@
+"""Random arguments for the operators and for the kernels below them, and the distances that tests speak of."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from stamina_fast.ops import dispatch, reference
+from stamina_fast.ops.noise import GateNoise
+
+SIZES = (5, 0, 7, 4)
+N, K, RANK, GATE = 16, 40, 3, 2
+
+
+def case(dtype=torch.float32, n=N, k=K, sizes=SIZES, rank=RANK, gate=GATE, seed=0, tokens=(2, 6), scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
+
+    x, weight = normal(*tokens, k), normal(n, k, scale=k**-0.5)
+    factors = {
+        "a": normal(n, rank, scale=scale * rank**-0.5),
+        "b": normal(len(sizes), rank, k, scale=k**-0.5),
+        "p": normal(n, gate),
+        "q": normal(len(sizes), gate, k),
+        "gate_bias": normal(len(sizes)),
+    }
+    return x, weight, factors
+
+
+def need(backend, device="cpu"):
+    """Skip the test where this backend cannot run tensors of the device, with its reason."""
+    try:
+        dispatch.choose(backend, torch.device(device), torch.float32)
+    except RuntimeError as refusal:
+        pytest.skip(str(refusal))
+
+
+def relative(got, want):
+    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+
+
+def gradients(function, x, weight, factors, grad=None, **options):
+    inputs = [t.detach().clone().requires_grad_() for t in (x, *factors.values())]
+    y = function(inputs[0], weight, **dict(zip(factors, inputs[1:], strict=True)), **options)
+    grad = torch.ones_like(y) if grad is None else grad
+    return y, torch.autograd.grad(y, inputs, grad)
+
+
+def eager(x, weight, a, b, p, q, gate_bias, *, sizes, noise):
+    """What one would write in the tensors' own dtype, with the mask that was agreed on."""
+    mask = reference.gate_mask(p, q, gate_bias, sizes=sizes, noise=noise).to(x.dtype)
+    delta = mask * torch.cat([part @ b[g] for g, part in enumerate(a.split(sizes))])
+    return F.linear(x, weight) + F.linear(x, delta)
+
+
+# ---- the kernels, called as the operators call them ----------------------------------------------------------------
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# a seed and a step that need all 64 bits
+NOISE = GateNoise(0x1234567_89ABCDEF, (5 << 32) + 7)
+# tolerances of a relative Frobenius error
+CLOSE = {torch.float16: 2e-6, torch.bfloat16: 2e-6, torch.float32: 2e-6, torch.float64: 1e-13}
+# what `run` returns, the last two only with penalties
+NAMES = ("y", "dx", "da", "db", "dp", "dq", "dc", "sparsity", "forgetting")
+# gradients of the two penalties
+PULL = (0.7, 0.03)
+
+
+def problem(tokens, k, sizes, r, s, dtype, gate=True, bias=True, seed=0):
+    """Random arguments: (grad, x, weight, a, b, p, q, gate_bias), factors in fp32 (fp64 for fp64)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, wide = sum(sizes), reference.compute_dtype(dtype)
+
+    def draw(*shape, as_dtype=wide):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(DEVICE, as_dtype)
+
+    grad, x, weight = draw(tokens, rows, as_dtype=dtype), draw(tokens, k, as_dtype=dtype), draw(rows, k, as_dtype=dtype)
+    a, b = draw(rows, r), draw(len(sizes), r, k)
+    p, q = (draw(rows, s), draw(len(sizes), s, k)) if gate else (None, None)
+    return grad, x, weight, a, b, p, q, draw(len(sizes)) if gate and bias else None
+
+
+def run(kernels, grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7, past=None):
+    """(y, dx, da, db, dp, dq, dc) of `kernels`, the package of their modules; with `past` [N, k] also the penalties."""
+    seed, step = (None, None) if noise is None else noise.tensors(DEVICE)
+    arguments = (a, b, p, q, gate_bias, sizes, seed, step)
+    y = kernels.masked_linear.forward(x, weight, *arguments)
+    dx = kernels.masked_linear.backward_input(grad, weight, *arguments)
+    wide = reference.compute_dtype(x.dtype)
+    tau = torch.tensor(tau, dtype=wide, device=DEVICE)
+    if past is None:
+        return y, dx, *kernels.factors.backward_factors(grad, x, *arguments, tau)
+    pull = (torch.tensor(g, dtype=wide, device=DEVICE) for g in PULL)
+    gradients = kernels.factors.backward_factors(grad, x, *arguments, tau, past, *pull)
+    return y, dx, *gradients, *kernels.penalties.forward(weight.dtype, *arguments, past)
+
+
+def specified(grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7, past=None):
+    """y and dx of the reference in the same dtype; the rest in float64 from the rounded arguments.
+
+    In fp32 the reference's 1 - s loses digits where s is near 1, which the kernels do not.
+    """
+    dtype, options = weight.dtype, {"sizes": sizes, "noise": noise, "tau": tau}
+    bias = torch.zeros(len(sizes), device=DEVICE) if gate_bias is None and p is not None else gate_bias
+    y = reference.masked_linear(x, weight, a, b, p, q, bias, **options)
+    dx = reference.masked_linear_backward(grad, x, weight, a, b, p, q, bias, **options)[0]
+    rounded = [None if t is None else t.to(dtype).double() for t in (grad, x, weight, a, b, p, q)]
+    rounded.append(None if bias is None else bias.double())
+    if past is None:
+        return y, dx, *reference.masked_linear_backward(*rounded, **options)[1:]
+    pull = dict(zip(("past", "d_sparsity", "d_forgetting"), (past.double(), *PULL), strict=True))
+    exact = reference.masked_linear_backward(*rounded, **options, **pull)
+    return y, dx, *exact[1:], *reference.gate_penalties(*rounded[3:], sizes=sizes, noise=noise, past=past.double())
+
+
+def assert_close(got, wanted, dtype, names=NAMES):
+    for name, one, other in zip(names[: len(wanted)], got, wanted, strict=True):
+        assert (one is None) == (other is None), name
+        if one is None:
+            continue
+        assert one.shape == other.shape, name
+        # y and dx were rounded to the dtype: a sum in another order may move them by one unit there
+        ulp = torch.finfo(one.dtype).eps if name in ("y", "dx") else 0.0
+        error = (one.double() - other.double()).norm() / other.double().norm().clamp(min=1e-300)
+        assert error <= CLOSE[dtype] + ulp / 8, (name, float(error))
+        assert one.dtype == (dtype if name in ("y", "dx") else reference.compute_dtype(dtype)), name
+
+
+def strided(tensor, kind):
+    """The same values behind other strides: "transposed", or with "gaps" of NaN."""
+    if tensor is None:
+        return None
+    if kind == "transposed":
+        return tensor.mT.contiguous().mT
+    wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), float("nan"), dtype=tensor.dtype, device=DEVICE)
+    wide[..., 1::2] = tensor
+    return wide[..., 1::2]
+
+
+def everything(kernels, arguments, sizes, penalised=True, noise=NOISE):
+    """What every launcher of `kernels` makes: `run`, with penalties or without, a fold alone and with a master, a rebuild."""
+    weight, factors = arguments[2], arguments[3:]
+    alone, folded, rebuilt = weight.clone(), weight.clone(), weight.clone()
+    master, kept = (weight.to(reference.compute_dtype(weight.dtype), copy=True) for _ in range(2))
+    made = run(kernels, *arguments, sizes, noise, past=weight if penalised else None)
+    kernels.fold.fold_(alone, *factors, sizes, None)
+    kernels.fold.fold_(folded, *factors, sizes, master)
+    # tasks of different kinds take a launch each
+    kernels.rebuild.rebuild_(rebuilt, weight, [factors, (*factors[:2], None, None, None)], sizes, kept)
+    return *(t for t in made if t is not None), alone, folded, master, rebuilt, kept
+
+
+def masks(kernels, sizes, k, p, q, gate_bias, noise, dtype=torch.float16):
+    """The mask as the forward, dx and the factors' gradients apply it, read off with A B = 1, W = 0 and unit inputs."""
+    rows, groups = sum(sizes), len(sizes)
+    zero = torch.zeros(rows, k, dtype=dtype, device=DEVICE)
+    a, b = torch.ones(rows, 1, device=DEVICE), torch.ones(groups, 1, k, device=DEVICE)
+    seed, step = (None, None) if noise is None else noise.tensors(DEVICE)
+    gate = (p, q, gate_bias, sizes, seed, step)
+    forward = kernels.masked_linear.forward(torch.eye(k, dtype=dtype, device=DEVICE), zero, a, b, *gate).T
+    backward = kernels.masked_linear.backward_input(torch.eye(rows, dtype=dtype, device=DEVICE), zero, a, b, *gate)
+    # dW = 1 and B = the unit matrix make dA = M
+    ones = torch.ones(1, max(rows, k), dtype=dtype, device=DEVICE)
+    unit = torch.eye(k, device=DEVICE).expand(groups, k, k)
+    tau = torch.ones((), device=DEVICE)
+    through = kernels.factors.backward_factors(ones[:, :rows], ones[:, :k], a.expand(rows, k), unit, *gate, tau)[0]
+    return [m.float() for m in (forward, backward, through)]
