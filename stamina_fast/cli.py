@@ -153,8 +153,8 @@ def sample(
 ) -> None:
     """Draw pictures of a prompt: one PNG each, whose noise depends on the seed and its number alone."""
     from .io.files import new_folder
+    from .pipeline.load import load_pipeline
     from .pipeline.sampling import sample as draw, to_pil
-    from .training.backbone import load_pipeline
 
     quiet()
     run = Path(model)

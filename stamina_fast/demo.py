@@ -17,8 +17,8 @@ from rich.table import Table
 from .evaluate import evaluate_run, keep_held_out
 from .io.images import list_images
 from .io.run import Run
+from .pipeline.load import TINY, load_pipeline, resolution_of
 from .training import train
-from .training.backbone import TINY, load_pipeline, resolution_of
 
 
 @dataclass(frozen=True)

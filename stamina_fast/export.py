@@ -6,15 +6,11 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from .adapter.attach import attach
-from .adapter.config import StaminaConfig
 from .errors import FileError, InputError
 from .io.files import new_folder
 from .io.run import Run
-from .training.backbone import load_pipeline
-from .training.record import fingerprint
+from .pipeline.load import load_pipeline
+from .reopen import attached, base_model, restore
 
 
 def export_diffusers(
@@ -56,17 +52,7 @@ def copy_model(run: Run, target: Path) -> None:
 
 def rebuild(run: Run, names: Sequence[str], model=None, device=None):
     """The plain pipeline that holds only these concepts of the run, folded in the order in which they were learned."""
-    loaded = {name: run.load_task(name) for name in names}
-    pipeline = load_pipeline(run.config["model"] if model is None else model, device, getattr(torch, run.config["dtype"]))
-    if fingerprint(pipeline) != run.config["fingerprint"]:
-        raise InputError(f"this model is not the one that {str(run.path)!r} was trained from; pass the base model that its "
-                         f"config calls {run.config['model']!r}")
-    adapters = attach(pipeline, StaminaConfig.from_dict(run.config["stamina"]))
-    try:
-        for name, task in loaded.items():
-            adapters.add_task(name, task.factors)
-            adapters.tokens.add(task.info["token"], task.token)
-        adapters.rewind(names)
-    finally:
-        adapters.detach()
+    pipeline = base_model(run, model, device)
+    with attached(run, pipeline) as adapters:
+        restore(adapters, run, names)
     return pipeline

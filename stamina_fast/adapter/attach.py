@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops.noise import GateNoise
-from ..pipeline.projections import STATES, check_offload, check_processors, check_projections, find_projections, text_projection
+from ..pipeline.projections import STATES, check_offload, check_processors, find_projections, text_projection
 from ..seeds import derive_seed
+from .checks import check_projections
 from .config import StaminaConfig
 from .stack import FACTORS, SEEN, Control, Stack, disabled
 

@@ -9,15 +9,13 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from ..adapter.attach import attach
-from ..adapter.config import StaminaConfig
 from ..errors import InputError
 from ..io.files import write_json
 from ..io.run import Run, Task
+from ..pipeline.load import frozen, resolution_of
 from ..pipeline.sampling import sample, to_pil
+from ..reopen import attached, base_model
 from ..seeds import derive_seed
-from ..training.backbone import frozen, load_pipeline, resolution_of
-from ..training.record import fingerprint
 from .features import encoder
 from .measures import BANDWIDTH_RULE, measure
 from .pictures import SHOWN, draw
@@ -48,23 +46,16 @@ def evaluate_run(
     if not names:
         raise InputError(f"{str(run.path)!r} has no finished task yet; let train finish one")
     tasks = [run.load_task(name) for name in names]
-    pipeline = load_pipeline(run.config["model"] if model is None else model, device, getattr(torch, run.config["dtype"]))
-    if fingerprint(pipeline) != run.config["fingerprint"]:
-        raise InputError(f"this model is not the one that {str(run.path)!r} was trained from; give the base model that its "
-                         f"config calls {run.config['model']!r}")
+    pipeline = base_model(run, model, device)
     phi = encoder(features, pipeline.unet.device)
     size = run.config["train"]["resolution"] or resolution_of(pipeline)
     pictures, kind = real_images(run, size, real)
     how = {"count": samples, "seed": seed, "steps": steps, "size": size}
-    with frozen(pipeline):
-        adapters = attach(pipeline, StaminaConfig.from_dict(run.config["stamina"]))
-        try:
-            drawn = Sampler(pipeline, adapters, run, tasks, guidance, phi, how, progress)
-            drawn.base()
-            weights = drawn.after_every_task()
-            adapters.rewind([])
-        finally:
-            adapters.detach()
+    with frozen(pipeline), attached(run, pipeline) as adapters:
+        drawn = Sampler(pipeline, adapters, run, tasks, guidance, phi, how, progress)
+        drawn.base()
+        weights = drawn.after_every_task()
+        adapters.rewind([])
     reals = [phi(images) for images in pictures]
     by_guidance = {f"{g:g}": measure(reals, drawn.base_features[g], drawn.features[g], seed=seed) for g in guidance}
     metrics = _metrics(tasks, by_guidance, weights) | {

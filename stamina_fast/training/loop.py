@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from .. import reopen
 from ..adapter.attach import attach
 from ..adapter.config import StaminaConfig
 from ..errors import InputError, StaminaError
@@ -18,10 +19,11 @@ from ..io.files import new_folder, read_bytes, sha256
 from ..io.images import load_image
 from ..io.run import Checkpoint, Run
 from ..ops import dispatch
+from ..pipeline.load import fingerprint, frozen, load_pipeline, no_bars, resolution_of
 from ..seeds import derive_seed
 from . import methods
 from .attention import fastest_kernel
-from .backbone import Backbone, frozen, load_pipeline, no_bars, resolution_of
+from .backbone import Backbone
 from .buckets import Buckets, Shape, in_buckets, shapes
 from .capture import Captured, recorder
 from .checkpoint import restore_, state
@@ -32,7 +34,7 @@ from .optimizers import check_optimizer, make_optimizer
 from .options import TrainOptions
 from .progress import Reporter
 from .ranks import Ranks, digest, together
-from .record import check_same, digest_of, fingerprint
+from .record import check_same, digest_of
 from .step import LOSSES, Buffers, Feed, Step
 from .unet import prepared, stepping
 
@@ -188,13 +190,7 @@ class Trainer:
 
     def restore(self, run: Run) -> None:
         """Bring back the finished tasks of the run, from W_0 and the stored factors."""
-        done = [task["name"] for task in run.tasks()]
-        for concept, name in zip(self.concepts, done, strict=False):
-            task = run.load_task(name)
-            self.adapters.add_task(name, task.factors)
-            self.adapters.tokens.add(concept.token, task.token)
-        if done:
-            self.adapters.rewind(done)
+        reopen.restore(self.adapters, run, [task["name"] for task in run.tasks()])
 
     def learn(self, run: Run, pictures: list[list[torch.Tensor]], progress: bool, on_task: Callable | None) -> None:
         """All concepts that the run has not learned yet."""

@@ -11,25 +11,6 @@ from ..errors import InputError
 
 # where the model and the pictures lie may change while a run waits to go on, and what changes no result; what they hold may not
 FREE = ("model", "folder", "save_every", "capture", "cache_latents")
-SAMPLES = 64
-
-
-def fingerprint(pipeline) -> str:
-    """SHA-256 over the vocabularies, and up to 64 evenly spaced values of every tensor of the U-Net and text encoders."""
-    digest = hashlib.sha256()
-    for part in ("tokenizer", "tokenizer_2"):
-        if getattr(pipeline, part, None) is not None:
-            digest.update(repr(sorted(getattr(pipeline, part).get_vocab().items())).encode())
-    for part in ("unet", "text_encoder", "text_encoder_2"):
-        module = getattr(pipeline, part, None)
-        if module is None:
-            continue
-        for name, tensor in sorted(module.state_dict().items()):
-            flat = tensor.detach().reshape(-1)
-            spaced = flat[:: max(1, len(flat) // SAMPLES)][:SAMPLES].double().cpu()
-            digest.update(f"{part}.{name} {list(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(spaced.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def digest_of(images: Iterable[torch.Tensor]) -> str:

@@ -11,9 +11,10 @@ from tinyruns import assert_same, is_embedding, is_text_kv, run, tensors
 
 from stamina_fast.errors import InputError, StaminaError
 from stamina_fast.io.concepts import Concept, load_concepts
+from stamina_fast.pipeline.load import load_pipeline
 from stamina_fast.pipeline.sampling import sample
 from stamina_fast.training import loop, train
-from stamina_fast.training.backbone import Backbone, load_pipeline
+from stamina_fast.training.backbone import Backbone
 from stamina_fast.training.methods import METHODS
 from stamina_fast.training.step import Feed
 
