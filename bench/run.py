@@ -16,7 +16,7 @@ import torch
 import stamina_fast as sf
 from stamina_fast.errors import InputError
 from stamina_fast.io.files import write_json
-from stamina_fast.ops.dispatch import interpreted
+from stamina_fast.ops.triton import interpreted
 
 from . import clock, machine
 from .arms import BACKWARD, Arm, folds, products

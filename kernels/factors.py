@@ -29,15 +29,14 @@ from stamina_fast.kernels.philox import (
     sub_tile,
     wide_dtype,
 )
+from stamina_fast.kernels.tables import row_step, row_tiles, tile_ranges
 from stamina_fast.kernels.tiles import (
     capability,
     choose,
     contiguous,
     largest_rank,
     on_device,
-    row_step,
-    row_tiles,
-    tile_ranges,
+    seed_and_step,
     wide,
 )
 
@@ -259,16 +258,15 @@ def _sum_chunks(part: Tensor, ranges: Tensor, shape: tuple[int, ...]) -> Tensor:
     return out
 
 
-def backward_factors(
-    grad, x, a, b, p, q, gate_bias, sizes, seed, step, tau, past=None, d_sparsity=None, d_forgetting=None
-):  # fmt: skip
+def backward_factors(grad, x, factors, sizes, noise, tau, past=None, d_sparsity=None, d_forgetting=None):
     """(dA, dB, dP, dQ, dc) in fp32 (fp64 for fp64), the last three None where p is None, for checked arguments.
 
     grad [T, N] and x [T, k] of one dtype and any strides; tau: 0-dim floating device tensor; past [N, k] of any strides with
     d_forgetting, and d_sparsity: 0-dim device tensors, or None; the rest as in `stamina_fast.kernels.masked_linear.forward`.
     """
     (tokens, k), rows = x.shape, grad.shape[1]
-    a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
+    a, b, p, q, gate_bias = contiguous(*factors)
+    seed, step = seed_and_step(noise)
     r, s = a.shape[1], 0 if p is None else p.shape[1]
     chunks, ranges = (table(sizes, CHUNK_N, x.device) for table in (row_tiles, tile_ranges))
     groups = len(sizes)
@@ -285,7 +283,7 @@ def backward_factors(
         right, dc = left.new_empty((len(chunks), rank * k)), left.new_empty((len(chunks), parts))
         for config, unit_tau in zip(configs, (True, False), strict=False):
             factors_kernel[(len(chunks), parts, max(1, triton.cdiv(rank, RANKS.value)))](
-                left, right, dc, grad, x, a, b, p, q, gate_bias, *((None, None) if p is None else (seed, step)), tau, chunks,
+                left, right, dc, grad, x, a, b, p, q, gate_bias, seed, step, tau, chunks,
                 past, d_density, d_forgetting,
                 T=tokens, N=rows, k=k, stride_gt=grad.stride(0), stride_gn=grad.stride(1),
                 stride_xt=x.stride(0), stride_xk=x.stride(1), stride_sn=stride_sn, stride_sk=stride_sk,

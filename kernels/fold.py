@@ -4,7 +4,8 @@ import triton
 import triton.language as tl
 
 from stamina_fast.kernels.philox import gate_rows, left_tiles, masked_delta, sub_tile
-from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device, row_tiles
+from stamina_fast.kernels.tables import row_tiles
+from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device
 
 
 @triton.jit
@@ -43,18 +44,18 @@ def fold_kernel(
         tl.store(w, total.to(DTYPE), mask)
 
 
-def fold_(weight, a, b, p, q, gate_bias, sizes, master) -> None:
+def fold_(weight, factors, sizes, master) -> None:
     """Fold M ⊙ A B with the deterministic gate into weight [N, k] in place, through the fp32 master [N, k] where given.
 
     weight and master of any strides that do not overlap; the rest as in `stamina_fast.kernels.masked_linear.forward`.
     """
     k = weight.shape[1]
+    a, b, p, q, gate_bias = contiguous(*factors)
     # one configuration, never tuned by running: a second run would fold twice
     config = choose("fold", 0, largest_rank(a, p), weight.dtype, capability(weight.device))
     tiles = row_tiles(sizes, config.block_n, weight.device)
     if weight.numel() == 0:
         return
-    a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
     stride_mn, stride_mk = (0, 0) if master is None else master.stride()
     with on_device(weight):
         fold_kernel[(len(tiles), config.parts_of(k))](

@@ -22,7 +22,8 @@ from stamina_fast.kernels.philox import (
     sub_tile,
     wide_dtype,
 )
-from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device, row_step, row_tiles, wide
+from stamina_fast.kernels.tables import row_step, row_tiles
+from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device, seed_and_step, wide
 
 # dx is split over N until this many programs run; a fixed number, so that the order of a sum is the same on every device
 PROGRAMS = 256
@@ -114,23 +115,19 @@ def input_kernel(
         tl.store(dx, sums[j].to(dx_ptr.dtype.element_ty), mask_t[:, None] & mask_k[None, :])
 
 
-def _gate(p: Tensor | None, seed: Tensor | None, step: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """The noise a kernel needs: none where there is no gate."""
-    return (None, None) if p is None else (seed, step)
-
-
-def forward(x, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Tensor:
+def forward(x, weight, factors, sizes, noise) -> Tensor:
     """Y = X (W + M ⊙ A B)ᵀ as [T, N] in x's dtype, for checked arguments.
 
-    x [T, k] and weight [N, k] of one dtype and any strides, a [N, r], b [G, r, k], p [N, s], q [G, s, k], gate_bias [G];
-    sizes: rows of the G projections; seed and step: 0-dim int64 device tensors, or None for the deterministic gate.
+    x [T, k] and weight [N, k] share a dtype and have any strides. factors: a [N, r], b [G, r, k], p [N, s], q [G, s, k] and
+    gate_bias [G], the last three None for M = 1. sizes: rows of the G projections. noise: its seed and step are 0-dim int64
+    device tensors; None is the deterministic gate.
     """
     (tokens, k), rows = x.shape, weight.shape[0]
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y
-    a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
-    seed, step = _gate(p, seed, step)
+    a, b, p, q, gate_bias = contiguous(*factors)
+    seed, step = seed_and_step(noise)
     config = choose("forward", tokens, largest_rank(a, p), x.dtype, capability(x.device))
     tiles = row_tiles(sizes, config.block_n, x.device)
     with on_device(x):
@@ -144,11 +141,11 @@ def forward(x, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Tensor:
     return y
 
 
-def backward_input(grad, weight, a, b, p, q, gate_bias, sizes, seed, step) -> Tensor:
+def backward_input(grad, weight, factors, sizes, noise) -> Tensor:
     """dX = G (W + M ⊙ A B) as [T, k] in grad's dtype, grad [T, N] of any strides; the rest as in `forward`."""
     tokens, k = grad.shape[0], weight.shape[1]
-    a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
-    seed, step = _gate(p, seed, step)
+    a, b, p, q, gate_bias = contiguous(*factors)
+    seed, step = seed_and_step(noise)
     config = choose("input", tokens, largest_rank(a, p), grad.dtype, capability(grad.device))
     tiles = row_tiles(sizes, config.block_n, grad.device)
     blocks, parts = triton.cdiv(tokens, config.block_t), config.parts_of(k)

@@ -21,7 +21,8 @@ from stamina_fast.kernels.philox import (
     sub_tile,
     wide_dtype,
 )
-from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device, row_tiles, wide
+from stamina_fast.kernels.tables import row_tiles
+from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device, seed_and_step, wide
 
 
 @triton.jit
@@ -64,20 +65,20 @@ def penalties_kernel(
     tl.store(to + 1, tl.sum(overlap))
 
 
-def forward(dtype, a, b, p, q, gate_bias, sizes, seed, step, past) -> tuple[Tensor, Tensor]:
+def forward(dtype, factors, sizes, noise, past) -> tuple[Tensor, Tensor]:
     """(sparsity, forgetting), 0-dim in fp32 (fp64 for fp64), for checked arguments.
 
     dtype: the weight's, to which the factors are rounded; past [N, k] of any floating dtype and strides, or None; the rest
     as in `stamina_fast.kernels.masked_linear.forward`.
     """
+    a, b, p, q, gate_bias = contiguous(*factors)
+    seed, step = seed_and_step(noise)
     rows, k = a.shape[0], b.shape[2]
     config = choose("penalties", 0, largest_rank(a, p), dtype, capability(a.device))
     tiles, parts = row_tiles(sizes, config.block_n, a.device), config.parts_of(k)
     if (p is None and past is None) or rows * k == 0:
         sums = torch.zeros((1, 2), dtype=wide(dtype), device=a.device)
     else:
-        a, b, p, q, gate_bias = contiguous(a, b, p, q, gate_bias)
-        seed, step = (None, None) if p is None else (seed, step)
         stride_sn, stride_sk = (0, 0) if past is None else past.stride()
         sums = torch.empty((len(tiles) * parts, 2), dtype=wide(dtype), device=a.device)
         with on_device(a):

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from stamina_fast.kernels.philox import gate_rows, left_tiles, masked_delta, sub_tile, wide_dtype
-from stamina_fast.kernels.tiles import capability, choose, on_device, row_tiles, wide
+from stamina_fast.kernels.tables import row_tiles
+from stamina_fast.kernels.tiles import capability, choose, on_device, wide
 
 # bytes that a factor's address must be a multiple of for the widest loads
 ALIGNMENT = 16

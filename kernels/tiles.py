@@ -1,11 +1,10 @@
-"""Host-side data of the launchers: row tiles that never cross projections, and configurations."""
+"""How a kernel is cut and launched: its configuration, and what the launchers share."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from math import gcd
+from functools import cache
 
 import torch
 import triton
@@ -131,36 +130,6 @@ def choose(kernel: str, tokens: int, rank: int, dtype: torch.dtype, gpu: int) ->
     return Config(64, min(block_t, tokens), num_warps=4, precision=precision, parts=parts, width=width)
 
 
-@lru_cache(maxsize=512)
-def row_tiles(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
-    """Tiles of at most `block` rows, none across two projections: int64 [tiles, 3] of (first row, end of rows, projection).
-
-    Made once for each (sizes, block, device), so that a captured graph finds it made.
-    """
-    tiles, start = [], 0
-    for group, size in enumerate(sizes):
-        stop = start + size
-        tiles += [(row, min(row + block, stop), group) for row in range(start, stop, block)]
-        start = stop
-    return torch.tensor(tiles, dtype=torch.int64, device=device).reshape(-1, 3)
-
-
-@lru_cache(maxsize=512)
-def tile_ranges(sizes: tuple[int, ...], block: int, device: torch.device) -> Tensor:
-    """The tiles of each projection in `row_tiles`: int64 [G, 2] of (first tile, end of tiles)."""
-    counts = torch.tensor([-(-size // block) for size in sizes], dtype=torch.int64)
-    ends = counts.cumsum(0)
-    return torch.stack([ends - counts, ends], 1).to(device)
-
-
-def row_step(sizes: tuple[int, ...]) -> int:
-    """The largest power of two up to 16 that divides every size, and so the first row and the end of every tile.
-
-    What a kernel knows to be such a multiple it reads and writes several rows at a time where they lie side by side.
-    """
-    return gcd(16, *sizes)
-
-
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums: float32, or float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -174,6 +143,11 @@ def largest_rank(a: Tensor, p: Tensor | None) -> int:
 def contiguous(*factors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The factors as the kernels index them; they are small, and rounded to the weight's dtype where they are loaded."""
     return tuple(None if factor is None else factor.contiguous() for factor in factors)
+
+
+def seed_and_step(noise) -> tuple[Tensor | None, Tensor | None]:
+    """The two tensors that a kernel reads the noise from; None for the deterministic gate."""
+    return (None, None) if noise is None else (noise.seed, noise.step)
 
 
 def on_device(tensor: Tensor):

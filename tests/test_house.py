@@ -73,16 +73,6 @@ def test_imports_go_downwards(part, module, path):
     assert not upwards
 
 
-def test_reference_imports_only_torch():
-    for node in ast.walk(ast.parse((PACKAGE / "ops" / "reference.py").read_text())):
-        if isinstance(node, ast.Import):
-            assert {alias.name.split(".")[0] for alias in node.names} <= {"torch", "math"}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            assert node.module.split(".")[0] in {"__future__", "collections", "contextlib", "torch", "typing"}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.module == "noise"
-
-
 def test_kernels_is_no_package():
     """A top-level package `kernels` would shadow the one that diffusers imports."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

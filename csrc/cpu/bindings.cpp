@@ -63,6 +63,12 @@ std::string instruction_sets() {
   return all;
 }
 
+// the numbers of the noise stream, as stamina_fast/ops/noise.py has them: NAME=NUMBER
+std::string stream() {
+  using namespace stamina::core;
+  return "rounds=" + std::to_string(ROUNDS) + " span=" + std::to_string(SPAN) + " lanes=" + std::to_string(LANES);
+}
+
 void forward(Tensor x, Tensor weight, Tensor a, Tensor b, Maybe p, Maybe q, Maybe bias, std::vector<int64_t> sizes, Maybe seed,
              Maybe step, Maybe past, Tensor y, Maybe penalties, std::string instructions) {
   stamina::forward(problem(weight, sizes, instructions), factors(a, b, p, q, bias, seed, step), matrix(y), matrix(x), x.size(0),
@@ -100,4 +106,5 @@ STABLE_TORCH_LIBRARY_IMPL(stamina_fast, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(stamina_fast, CompositeExplicitAutograd, m) {
   m.impl("cpu_instruction_sets", TORCH_BOX(&instruction_sets));
+  m.impl("cpu_stream", TORCH_BOX(&stream));
 }

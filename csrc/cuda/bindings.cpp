@@ -5,6 +5,8 @@
 
 #include <optional>
 #include <stdexcept>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "operator.h"
@@ -209,6 +211,27 @@ void penalties(Tensors packed, Tensor bias, Tensor tiles, int64_t rows, int64_t 
   });
 }
 
+// what stamina_fast/ops/cuda.py shapes its operands by, as NAME=NUMBER
+std::string layout() {
+  const std::pair<const char*, int> numbers[] = {
+      {"rows", TILE_ROWS},
+      {"span", SPAN},
+      {"ranks", RANKS},
+      {"half", HALVES},
+      {"token_tiles", TOKEN_TILES},
+      {"left", static_cast<int>(Packing::left)},
+      {"right", static_cast<int>(Packing::right)},
+      {"right_transposed", static_cast<int>(Packing::right_transposed)},
+      {"left_transposed", static_cast<int>(Packing::left_transposed)},
+      {"gradient", static_cast<int>(Packing::gradient)},
+      {"right_plain", static_cast<int>(Packing::right_plain)},
+      {"tokens", static_cast<int>(Packing::tokens)},
+  };
+  std::string all;
+  for (const auto& [name, number] : numbers) all += std::string(name) + "=" + std::to_string(number) + " ";
+  return all;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(stamina_fast, STAMINA_KEY, m) {
@@ -219,4 +242,8 @@ STABLE_TORCH_LIBRARY_IMPL(stamina_fast, STAMINA_KEY, m) {
   m.impl("cuda_sum", TORCH_BOX(&sum));
   m.impl("cuda_fold_", TORCH_BOX(&fold));
   m.impl("cuda_penalties", TORCH_BOX(&penalties));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(stamina_fast, CompositeExplicitAutograd, m) {
+  m.impl("cuda_layout", TORCH_BOX(&layout));
 }

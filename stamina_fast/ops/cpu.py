@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,16 +17,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .backend import NO_PENALTIES, Backend, Factors, PenaltyGradients
+from .noise import GateNoise
 from .reference import compute_dtype
 
-_FACTORS = "Tensor a, Tensor b, Tensor? p, Tensor? q, Tensor? gate_bias, int[] sizes, Tensor? seed, Tensor? step"
+_STACK = "Tensor a, Tensor b, Tensor? p, Tensor? q, Tensor? gate_bias, int[] sizes, Tensor? seed, Tensor? step"
 _library = torch.library.Library("stamina_fast", "FRAGMENT")
 _library.define(
-    f"cpu_forward(Tensor x, Tensor weight, {_FACTORS}, Tensor? past, Tensor(a!) y, Tensor(b!)? penalties, "
+    f"cpu_forward(Tensor x, Tensor weight, {_STACK}, Tensor? past, Tensor(a!) y, Tensor(b!)? penalties, "
     "str instructions) -> ()"
 )
 _library.define(
-    f"cpu_backward(Tensor grad, Tensor x, Tensor weight, {_FACTORS}, float tau, Tensor? past, float d_sparsity, "
+    f"cpu_backward(Tensor grad, Tensor x, Tensor weight, {_STACK}, float tau, Tensor? past, float d_sparsity, "
     "float d_forgetting, Tensor(a!)? dx, Tensor(b!)? da, Tensor(c!)? db, Tensor(d!)? dp, Tensor(e!)? dq, Tensor(f!)? dc, "
     "str instructions) -> ()"
 )
@@ -34,6 +37,7 @@ _library.define(
     "int[] sizes, Tensor(b!)? master, str instructions) -> ()"
 )
 _library.define("cpu_instruction_sets() -> str")
+_library.define("cpu_stream() -> str")
 
 
 def _missing() -> str:
@@ -69,74 +73,86 @@ def instruction_sets() -> tuple[str, ...]:
     return tuple(torch.ops.stamina_fast.cpu_instruction_sets().split())
 
 
-def _factors(dtype, a, b, p, q, gate_bias) -> tuple[Tensor | None, ...]:
+def _rounded(factors: Factors, dtype: torch.dtype) -> Factors:
     """The factors as the library takes them: contiguous, rounded to the weight's dtype; the bias in fp32 (fp64 for fp64)."""
-    a, b, p, q = (None if t is None else t.to(dtype).contiguous() for t in (a, b, p, q))
-    return a, b, p, q, None if gate_bias is None else gate_bias.to(compute_dtype(dtype)).contiguous()
+    *four, gate_bias = factors
+    four = (None if t is None else t.to(dtype).contiguous() for t in four)
+    return Factors(*four, None if gate_bias is None else gate_bias.to(compute_dtype(dtype)).contiguous())
 
 
 def _past(past: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return None if past is None else past.to(compute_dtype(dtype)).contiguous()
 
 
-def forward(x, weight, a, b, p, q, gate_bias, sizes, seed, step, *, instructions: str | None = None) -> Tensor:
-    """Y = X (W + M ⊙ A B)ᵀ as [T, N] in x's dtype, for checked arguments.
-
-    x [T, k] and weight [N, k] of one dtype and any strides, a [N, r], b [G, r, k], p [N, s], q [G, s, k], gate_bias [G];
-    sizes: rows of the G projections; seed and step: 0-dim int64 tensors, or None. instructions: of `instruction_sets()`.
-    """
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    if y.numel():
-        _forward(x, weight, (a, b, p, q, gate_bias), sizes, seed, step, None, y, None, instructions)
-    return y
+def _stack(factors: Factors, sizes: tuple[int, ...], noise: GateNoise | None, dtype: torch.dtype) -> tuple:
+    """The arguments of the library that say what the residual is."""
+    seed, step = (None, None) if noise is None else (noise.seed, noise.step)
+    return *_rounded(factors, dtype), sizes, seed, step
 
 
-def forward_penalties(
-    x, weight, a, b, p, q, gate_bias, sizes, seed, step, past, *, instructions: str | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(Y, sparsity, forgetting) from one M ⊙ A B; past [N, k] or None. Without tokens, weight may be expanded from a scalar."""
-    y, sums = x.new_empty(x.shape[0], weight.shape[0]), x.new_zeros(2, dtype=torch.float64)
-    if y.numel() or weight.numel():
-        _forward(x, weight, (a, b, p, q, gate_bias), sizes, seed, step, past, y, sums, instructions)
-    exact = compute_dtype(x.dtype)
-    return y, (sums[0] / max(1, weight.numel())).to(exact) * (p is not None), sums[1].to(exact)
+class Cpu(Backend):
+    """The compiled CPU operators. instructions: one of `instruction_sets()`, by default the best."""
 
+    name = "cpu"
 
-def _forward(x, weight, factors, sizes, seed, step, past, y, sums, instructions) -> None:
-    torch.ops.stamina_fast.cpu_forward(
-        x, weight, *_factors(x.dtype, *factors), list(sizes), seed, step, _past(past, x.dtype), y, sums,
-        instructions or instruction_sets()[0],
-    )  # fmt: skip
+    def __init__(self, instructions: str | None = None):
+        self._instructions = instructions
 
+    @property
+    def instructions(self) -> str:
+        return self._instructions or instruction_sets()[0]
 
-def backward(
-    grad, x, weight, a, b, p, q, gate_bias, sizes, seed, step, tau, need_x, need_factors, past=None, d_sparsity=None,
-    d_forgetting=None, *, instructions: str | None = None,
-) -> tuple[Tensor | None, ...]:
-    """(dx, da, db, dp, dq, dc) in fp32 (fp64 for fp64), None where not needed or without a factor; grad [T, N], x [T, k]."""
-    exact = compute_dtype(x.dtype)
+    def missing(self) -> str:
+        return load()
 
-    def room(like: Tensor | None, needed: bool) -> Tensor | None:
-        return torch.empty(like.shape, dtype=exact, device=like.device) if needed and like is not None else None
+    def summary(self) -> str:
+        return f"threads, {' or '.join(instruction_sets())}"
 
-    results = room(x, need_x), *(room(t, need_factors) for t in (a, b, p, q, gate_bias))
-    if need_x or need_factors:
-        pull = (0.0 if d is None else float(d) for d in (d_sparsity, d_forgetting))
-        torch.ops.stamina_fast.cpu_backward(
-            grad, x, weight, *_factors(x.dtype, a, b, p, q, gate_bias), list(sizes), seed, step, float(tau),
-            _past(None if d_forgetting is None else past, x.dtype), *pull, *results, instructions or instruction_sets()[0],
-        )  # fmt: skip
-    return results
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str:
+        return "" if device.type == "cpu" else f"it runs cpu tensors, got {device.type}"
 
+    def forward(self, x: Tensor, weight: Tensor, factors: Factors, sizes: tuple[int, ...], noise: GateNoise | None) -> Tensor:
+        y = x.new_empty(x.shape[0], weight.shape[0])
+        if y.numel():
+            self._forward(x, weight, _stack(factors, sizes, noise, x.dtype), None, y, None)
+        return y
 
-def fold_(weight, a, b, p, q, gate_bias, sizes, master, *, instructions: str | None = None) -> None:
-    """Fold M ⊙ A B with the deterministic gate into weight [N, k] in place, through the master [N, k] where given."""
-    rebuild_(weight, weight if master is None else master, [(a, b, p, q, gate_bias)], sizes, master, instructions=instructions)
+    def forward_penalties(
+        self, x: Tensor, weight: Tensor, factors: Factors, sizes: tuple[int, ...], noise: GateNoise | None, past: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, sums = x.new_empty(x.shape[0], weight.shape[0]), x.new_zeros(2, dtype=torch.float64)
+        if y.numel() or weight.numel():
+            self._forward(x, weight, _stack(factors, sizes, noise, x.dtype), past, y, sums)
+        exact = compute_dtype(x.dtype)
+        return y, (sums[0] / max(1, weight.numel())).to(exact) * (factors.p is not None), sums[1].to(exact)
 
+    def _forward(self, x: Tensor, weight: Tensor, stack: tuple, past: Tensor | None, y: Tensor, sums: Tensor | None) -> None:
+        torch.ops.stamina_fast.cpu_forward(x, weight, *stack, _past(past, x.dtype), y, sums, self.instructions)
 
-def rebuild_(weight, before, tasks, sizes, master, *, instructions: str | None = None) -> None:
-    """weight = `before` + the M ⊙ A B of all tasks (a, b, p, q, gate_bias), summed in their order and rounded once."""
-    none = weight.new_empty(0)
-    packed = [[none if t is None else t for t in _factors(weight.dtype, *task)] for task in tasks]
-    columns = [list(column) for column in zip(*packed, strict=True)] or [[]] * 5
-    torch.ops.stamina_fast.cpu_fold_(weight, before, *columns, list(sizes), master, instructions or instruction_sets()[0])
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, factors: Factors, sizes: tuple[int, ...], noise: GateNoise | None,
+        tau: Tensor, need_x: bool = True, need_factors: bool = True, penalties: PenaltyGradients = NO_PENALTIES,
+    ) -> tuple[Tensor | None, Factors]:  # fmt: skip
+        exact = compute_dtype(x.dtype)
+
+        def room(like: Tensor | None, needed: bool) -> Tensor | None:
+            return torch.empty(like.shape, dtype=exact, device=like.device) if needed and like is not None else None
+
+        dx, gradients = room(x, need_x), Factors(*(room(factor, need_factors) for factor in factors))
+        if need_x or need_factors:
+            past, *pull = penalties
+            past = _past(None if penalties.d_forgetting is None else past, x.dtype)
+            pull = (0.0 if d is None else float(d) for d in pull)
+            torch.ops.stamina_fast.cpu_backward(
+                grad, x, weight, *_stack(factors, sizes, noise, x.dtype), float(tau), past, *pull, dx, *gradients,
+                self.instructions,
+            )  # fmt: skip
+        return dx, gradients
+
+    def rebuild_(
+        self, weight: Tensor, before: Tensor, tasks: Sequence[Factors], sizes: tuple[int, ...], master: Tensor | None
+    ) -> None:
+        none = weight.new_empty(0)
+        packed = [[none if t is None else t for t in _rounded(task, weight.dtype)] for task in tasks]
+        columns = [list(column) for column in zip(*packed, strict=True)] or [[]] * 5
+        torch.ops.stamina_fast.cpu_fold_(weight, before, *columns, sizes, master, self.instructions)

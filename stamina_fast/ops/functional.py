@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import library, reference
+from .backend import Factors
 from .noise import GateNoise
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,16 +28,16 @@ def _check_sizes(n: int, sizes) -> tuple[int, ...]:
     return sizes
 
 
-def _check_factors(n: int, k: int, sizes, factors: dict[str, Tensor | None], device: torch.device) -> tuple[int, ...]:
+def _check_factors(n: int, k: int, sizes, factors: Factors, device: torch.device) -> tuple[int, ...]:
     """Check shapes, dtypes and devices of the factors against [N, k]; the rows of each projection."""
-    a, b, p, q, gate_bias = (factors[name] for name in ("a", "b", "p", "q", "gate_bias"))
+    a, b, p, q, gate_bias = factors
     sizes = _check_sizes(n, sizes)
     groups = len(sizes)
     if (p is None) != (q is None):
         raise ValueError("p and q go together: pass both, or neither for a mask of ones")
     if p is None and gate_bias is not None:
         raise ValueError("gate_bias needs p and q: without them the mask is all ones")
-    for name, tensor in factors.items():
+    for name, tensor in factors._asdict().items():
         if tensor is None:
             continue
         if tensor.dtype not in FLOATS:
@@ -94,7 +95,7 @@ def masked_linear(
 
     Raises ValueError or TypeError for arguments that do not fit, RuntimeError where `backend` cannot run them.
     """
-    arguments = _prepare(x, weight, a, b, p, q, gate_bias, sizes, noise, tau)
+    arguments = _prepare(x, weight, Factors(a, b, p, q, gate_bias), sizes, noise, tau)
     return library.masked_linear(*arguments, backend or "")
 
 
@@ -117,11 +118,11 @@ def masked_linear_penalties(
 
     Arguments as there; the factors are rounded to the dtype in which x and weight meet, which autocast may lower.
     """
-    arguments = _prepare(x, weight, a, b, p, q, gate_bias, sizes, noise, tau)
+    arguments = _prepare(x, weight, Factors(a, b, p, q, gate_bias), sizes, noise, tau)
     return library.masked_linear_penalties(*arguments, _check_past(past, weight), backend or "")
 
 
-def _prepare(x: Tensor, weight: Tensor, a, b, p, q, gate_bias, sizes, noise, tau) -> tuple:
+def _prepare(x: Tensor, weight: Tensor, factors: Factors, sizes, noise: GateNoise | None, tau: float | Tensor) -> tuple:
     """The checked and autocast arguments of `masked_linear`, as the torch operators take them."""
     if weight.ndim != 2:
         raise ValueError(f"weight must be [N, k], got {list(weight.shape)}")
@@ -137,14 +138,13 @@ def _prepare(x: Tensor, weight: Tensor, a, b, p, q, gate_bias, sizes, noise, tau
         raise TypeError(f"x and weight must share a floating dtype, got {x.dtype} and {weight.dtype}")
     if x.device != weight.device:
         raise ValueError(f"x and weight must be on one device, got {x.device} and {weight.device}")
-    return _complete(x, weight, a, b, p, q, gate_bias, sizes, noise, tau)
+    return _complete(x, weight, factors, sizes, noise, tau)
 
 
-def _complete(x: Tensor, weight: Tensor, a, b, p, q, gate_bias, sizes, noise, tau) -> tuple:
-    factors = {"a": a, "b": b, "p": p, "q": q, "gate_bias": gate_bias}
+def _complete(x: Tensor, weight: Tensor, factors: Factors, sizes, noise: GateNoise | None, tau: float | Tensor) -> tuple:
     sizes = _check_factors(*weight.shape, sizes, factors, x.device)
-    seed, step = noise.tensors(x.device) if noise is not None and p is not None else (None, None)
-    return x, weight.detach(), a, b, p, q, gate_bias, list(sizes), seed, step, _tau(tau, x.device, x.dtype)
+    seed, step = noise.tensors(x.device) if noise is not None and factors.p is not None else (None, None)
+    return x, weight.detach(), *factors, sizes, seed, step, _tau(tau, x.device, x.dtype)
 
 
 def _check_past(past: Tensor | None, weight: Tensor) -> Tensor | None:
@@ -176,8 +176,7 @@ def gate_mask(
     """
     if p.ndim != 2 or q.ndim != 3:
         raise ValueError(f"p must be [N, s] and q [G, s, k], got {list(p.shape)} and {list(q.shape)}")
-    factors = {"a": None, "b": None, "p": p, "q": q, "gate_bias": gate_bias}
-    sizes = _check_factors(p.shape[0], q.shape[2], sizes, factors, p.device)
+    sizes = _check_factors(p.shape[0], q.shape[2], sizes, Factors(None, None, p, q, gate_bias), p.device)
     return reference.gate_mask(p, q, gate_bias, sizes=sizes, noise=noise, dtype=dtype)
 
 
@@ -214,10 +213,10 @@ def fold_(
 
     Raises ValueError where master or a factor overlaps weight in memory, or weight overlaps itself.
     """
-    factors = {"a": a, "b": b, "p": p, "q": q, "gate_bias": gate_bias}
+    factors = Factors(a, b, p, q, gate_bias)
     sizes = _check_written(weight, master, sizes, [factors])
-    detached = [None if t is None else t.detach() for t in factors.values()]
-    library.fold_(weight.detach(), *detached, list(sizes), None if master is None else master.detach(), backend or "")
+    detached = [None if t is None else t.detach() for t in factors]
+    library.fold_(weight.detach(), *detached, sizes, None if master is None else master.detach(), backend or "")
     return weight
 
 
@@ -240,29 +239,30 @@ def rebuild_(
 
     Raises ValueError where weight or master overlaps another argument, or itself, and for factors that do not fit.
     """
-    names = ("a", "b", "p", "q", "gate_bias")
     for i, task in enumerate(tasks):
-        if not {"a", "b"} <= set(task) <= set(names):
+        if not {"a", "b"} <= set(task) <= set(Factors._fields):
             raise ValueError(f"task {i} must have a and b, and may have p, q and gate_bias, got {sorted(task)}")
-    tasks = [{name: task.get(name) for name in names} for task in tasks]
-    sizes = _check_written(weight, master, sizes, [*tasks, {"base": base}])
+    tasks = [Factors(**task) for task in tasks]
+    sizes = _check_written(weight, master, sizes, tasks, {"base": base})
     _shape("base", base, tuple(weight.shape), "[N, k]")
     if base.dtype != weight.dtype or base.device != weight.device:
         raise ValueError(f"base must be {weight.dtype} on {weight.device}, got {base.dtype} on {base.device}")
-    columns = ([None if task[name] is None else task[name].detach() for task in tasks] for name in names)
+    detached = [[None if t is None else t.detach() for t in task] for task in tasks]
+    columns = [list(column) for column in zip(*detached, strict=True)] or [[]] * len(Factors._fields)
     kept = None if master is None else master.detach()
-    library.rebuild_(weight.detach(), base.detach(), *columns, list(sizes), kept, backend or "")
+    library.rebuild_(weight.detach(), base.detach(), *columns, sizes, kept, backend or "")
     return weight
 
 
-def _check_written(weight: Tensor, master: Tensor | None, sizes, read: list[dict[str, Tensor | None]]) -> tuple[int, ...]:
-    """Check what an in-place operator writes against what it reads (factors of tasks, or other tensors); the rows."""
+def _check_written(
+    weight: Tensor, master: Tensor | None, sizes, tasks: Sequence[Factors], others: Mapping[str, Tensor] | None = None
+) -> tuple[int, ...]:
+    """Check what an in-place operator writes against what it reads (factors of tasks, other tensors); the rows."""
     if weight.ndim != 2 or weight.dtype not in FLOATS:
         raise ValueError(f"weight must be a floating [N, k], got {weight.dtype} {list(weight.shape)}")
     n, k = weight.shape
-    for factors in read:
-        if "a" in factors:
-            _check_factors(n, k, sizes, factors, weight.device)
+    for factors in tasks:
+        _check_factors(n, k, sizes, factors, weight.device)
     sizes = _check_sizes(n, sizes)
     if master is not None:
         _shape("master", master, (n, k), "[N, k]")
@@ -272,7 +272,8 @@ def _check_written(weight: Tensor, master: Tensor | None, sizes, read: list[dict
     if torch.compiler.is_compiling():
         return sizes
     written = {name: t for name, t in (("weight", weight), ("master", master)) if t is not None}
-    for name, tensor in [("master", master), *(item for factors in read for item in factors.items())]:
+    read = [{"master": master}, *(factors._asdict() for factors in tasks), others or {}]
+    for name, tensor in (item for tensors in read for item in tensors.items()):
         for target, into in written.items():
             if tensor is not None and name != target and _overlap(into, tensor):
                 raise ValueError(f"{name} overlaps {target} in memory; pass {name}.clone()")
@@ -306,5 +307,5 @@ def gate_penalties(
     # no tokens, which autocast would not leave in this dtype, and a weight of a single element in memory
     none = a.new_empty(0, b.shape[2], dtype=dtype)
     weight = none.new_empty(()).expand(a.shape[0], b.shape[2])
-    arguments = _complete(none, weight, a, b, p, q, gate_bias, sizes, noise, tau)
+    arguments = _complete(none, weight, Factors(a, b, p, q, gate_bias), sizes, noise, tau)
     return library.masked_linear_penalties(*arguments, _check_past(past, weight), "")[1:]

@@ -1,4 +1,4 @@
-"""The torch operators: schema, fake and autograd. A backend's implementation is chosen inside, when the call runs.
+"""The torch operators: schema, fake and autograd. A backend is chosen inside, when the call runs.
 
 Optional results are empty tensors, since an operator returns what its schema says.
 """
@@ -8,15 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, dispatch, reference
+from . import dispatch, reference
+from .backend import Factors, PenaltyGradients
 from .noise import GateNoise
 
-# backends compiled from csrc/, with the same functions
-COMPILED = {"cpu": cpu, "cuda": cuda}
 
-
-def _noise(seed: Tensor | None, step: Tensor | None) -> GateNoise | None:
-    return None if seed is None else GateNoise(seed, step)
+def _noise(p: Tensor | None, seed: Tensor | None, step: Tensor | None) -> GateNoise | None:
+    """The noise of the gate; None where there is no gate, or none is wanted."""
+    return None if p is None or seed is None else GateNoise(seed, step)
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -43,20 +42,9 @@ def masked_linear(
     tau: Tensor,
     backend: str,
 ) -> Tensor:
-    chosen = dispatch.choose(backend, x.device, x.dtype)
-    dispatch.count("masked_linear", chosen)
-    rows = tuple(sizes)
-    if chosen == "triton":
-        return _triton_forward(x, weight, a, b, p, q, gate_bias, rows, seed, step)
-    if chosen in COMPILED:
-        return _shaped(COMPILED[chosen].forward(_flat(x), weight, a, b, p, q, gate_bias, rows, seed, step), x)
-    return reference.masked_linear(x, weight, a, b, p, q, gate_bias, sizes=rows, noise=_noise(seed, step), tau=tau)
-
-
-def _triton_forward(x: Tensor, weight: Tensor, *others) -> Tensor:
-    from ..kernels import masked_linear as kernel
-
-    return _shaped(kernel.forward(_flat(x), weight, *others), x)
+    running = dispatch.running("masked_linear", backend, x.device, x.dtype)
+    y = running.forward(_flat(x), weight, Factors(a, b, p, q, gate_bias), tuple(sizes), _noise(p, seed, step))
+    return _shaped(y, x)
 
 
 @masked_linear.register_fake
@@ -88,22 +76,12 @@ def masked_linear_penalties(
     g_s / (N k) σ(L) (1 - σ(L)); g_s and g_f are the penalties' 0-dim gradients. They do not change dX. Nothing of size N k is
     kept for it but the arguments. Without tokens only the penalties are made, and a weight expanded from a scalar will do.
     """
-    chosen = dispatch.choose(backend, x.device, x.dtype)
-    dispatch.count("gate_penalties", chosen)
+    running = dispatch.running("gate_penalties", backend, x.device, x.dtype)
     if x.numel():
-        dispatch.count("masked_linear", chosen)
-    rows = tuple(sizes)
-    if chosen == "triton":
-        from ..kernels import penalties
-
-        y = _triton_forward(x, weight, a, b, p, q, gate_bias, rows, seed, step)
-        return y, *penalties.forward(weight.dtype, a, b, p, q, gate_bias, rows, seed, step, past)
-    if chosen in COMPILED:
-        y, *both = COMPILED[chosen].forward_penalties(_flat(x), weight, a, b, p, q, gate_bias, rows, seed, step, past)
-        return _shaped(y, x), *both
-    return reference.masked_linear_penalties(
-        x, weight, a, b, p, q, gate_bias, sizes=rows, noise=_noise(seed, step), past=past
-    )
+        dispatch.count("masked_linear", running.name)
+    factors, noise = Factors(a, b, p, q, gate_bias), _noise(p, seed, step)
+    y, *both = running.forward_penalties(_flat(x), weight, factors, tuple(sizes), noise, past)
+    return _shaped(y, x), *both
 
 
 @masked_linear_penalties.register_fake
@@ -134,33 +112,16 @@ def masked_linear_backward(
     d_forgetting: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dx, da, db, dp, dq, dc), each in its input's dtype; d_sparsity, and d_forgetting with past, may be None."""
-    chosen = dispatch.choose(backend, x.device, x.dtype)
-    dispatch.count("masked_linear_backward", chosen)
-    rows = tuple(sizes)
-    inputs, penalties = (x, a, b, p, q, gate_bias), (past, d_sparsity, d_forgetting)
-    if chosen == "triton":
-        from ..kernels import factors, masked_linear as kernel
-
-        flat = _flat(grad)
-        dx = kernel.backward_input(flat, weight, a, b, p, q, gate_bias, rows, seed, step) if need_x else None
-        d_factors = (None,) * 5
-        if need_factors:
-            d_factors = factors.backward_factors(flat, _flat(x), a, b, p, q, gate_bias, rows, seed, step, tau, *penalties)
-        results = (dx if dx is None else _shaped(dx, x), *d_factors)
-    elif chosen in COMPILED:
-        dx, *d_factors = COMPILED[chosen].backward(
-            _flat(grad), _flat(x), weight, a, b, p, q, gate_bias, rows, seed, step, tau, need_x, need_factors, *penalties
-        )
-        results = (dx if dx is None else _shaped(dx, x), *d_factors)
-    else:
-        results = reference.masked_linear_backward(
-            grad, x, weight, a, b, p, q, gate_bias, sizes=rows, noise=_noise(seed, step), tau=tau,
-            past=past, d_sparsity=d_sparsity, d_forgetting=d_forgetting,
-        )  # fmt: skip
-    needed = (need_x, *(need_factors and t is not None for t in inputs[1:]))
-    return tuple(
-        r.to(t.dtype) if need else x.new_empty(0) for r, t, need in zip(results, inputs, needed, strict=True)
-    )
+    running = dispatch.running("masked_linear_backward", backend, x.device, x.dtype)
+    factors, noise = Factors(a, b, p, q, gate_bias), _noise(p, seed, step)
+    dx, gradients = running.backward(
+        _flat(grad), _flat(x), weight, factors, tuple(sizes), noise, tau, need_x, need_factors,
+        PenaltyGradients(past, d_sparsity, d_forgetting),
+    )  # fmt: skip
+    results = (_shaped(dx, x) if need_x else None, *gradients)
+    needed = (need_x, *(need_factors and factor is not None for factor in factors))
+    inputs = zip(results, (x, *factors), needed, strict=True)
+    return tuple(result.to(given.dtype) if need else x.new_empty(0) for result, given, need in inputs)
 
 
 @masked_linear_backward.register_fake
@@ -212,17 +173,8 @@ def fold_(
     master: Tensor | None,
     backend: str,
 ) -> None:
-    chosen = dispatch.choose(backend, weight.device, weight.dtype)
-    dispatch.count("fold_", chosen)
-    rows = tuple(sizes)
-    if chosen == "triton":
-        from ..kernels import fold
-
-        fold.fold_(weight, a, b, p, q, gate_bias, rows, master)
-    elif chosen in COMPILED:
-        COMPILED[chosen].fold_(weight, a, b, p, q, gate_bias, rows, master)
-    else:
-        reference.fold_(weight, a, b, p, q, gate_bias, sizes=rows, master=master)
+    running = dispatch.running("fold_", backend, weight.device, weight.dtype)
+    running.fold_(weight, Factors(a, b, p, q, gate_bias), tuple(sizes), master)
 
 
 @fold_.register_fake
@@ -243,18 +195,9 @@ def rebuild_(
     master: Tensor | None,
     backend: str,
 ) -> None:
-    chosen = dispatch.choose(backend, weight.device, weight.dtype)
-    dispatch.count("rebuild_", chosen)
-    tasks = list(zip(a, b, p, q, gate_bias, strict=True))
-    rows = tuple(sizes)
-    if chosen == "triton":
-        from ..kernels import rebuild
-
-        rebuild.rebuild_(weight, base, tasks, rows, master)
-    elif chosen in COMPILED:
-        COMPILED[chosen].rebuild_(weight, base, tasks, rows, master)
-    else:
-        reference.rebuild_(weight, base, tasks, sizes=rows, master=master)
+    running = dispatch.running("rebuild_", backend, weight.device, weight.dtype)
+    tasks = [Factors(*task) for task in zip(a, b, p, q, gate_bias, strict=True)]
+    running.rebuild_(weight, base, tasks, tuple(sizes), master)
 
 
 @rebuild_.register_fake

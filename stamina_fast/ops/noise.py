@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 ROUNDS = 7
+# columns whose noise is made together, and the calls that make it; csrc/core and kernels/ state the same numbers
+SPAN, LANES = 256, 32
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MASK = 0xFFFFFFFF
@@ -53,6 +55,10 @@ class GateNoise:
     def __post_init__(self):
         _count(self.seed, "seed")
         _count(self.step, "step")
+
+    def on(self, device: torch.device) -> GateNoise:
+        """The same noise with both numbers as 0-dim tensors on `device`, as backends take it, without reading the device."""
+        return GateNoise(*self.tensors(device))
 
     def tensors(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(seed, step) as 0-dim int64 tensors on `device`, without reading the device."""
@@ -86,12 +92,12 @@ def philox(counter: tuple[Tensor, ...], key: tuple[Tensor, ...], rounds: int = R
 def halves(noise: GateNoise, rows: int, k: int, device: torch.device) -> Tensor:
     """The 16-bit draws h of every element, int64 `[rows, k]`."""
     seed, step = noise.tensors(device)
-    spans = -(-k // 256)
-    group = torch.arange(spans * 32, device=device)
+    spans = -(-k // SPAN)
+    group = torch.arange(spans * LANES, device=device)
     row = torch.arange(rows, device=device).unsqueeze(1)
     words = philox((group, row, step & _MASK, (step >> 32) & _MASK), (seed & _MASK, (seed >> 32) & _MASK))
-    eight = [(w.expand(rows, -1).view(rows, spans, 1, 32) >> shift) & 0xFFFF for w in words for shift in (0, 16)]
-    return torch.cat(eight, 2).reshape(rows, spans * 256)[:, :k]
+    eight = [(w.expand(rows, -1).view(rows, spans, 1, LANES) >> shift) & 0xFFFF for w in words for shift in (0, 16)]
+    return torch.cat(eight, 2).reshape(rows, spans * SPAN)[:, :k]
 
 
 def uniforms(noise: GateNoise, rows: int, k: int, device: torch.device, dtype=torch.float64) -> Tensor:

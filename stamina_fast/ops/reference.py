@@ -12,11 +12,13 @@ weight's dtype before it meets X, products accumulate in fp32, and Y is rounded 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from .backend import NO_PENALTIES, Backend, Factors, PenaltyGradients
 from .noise import GateNoise, uniforms as draw_uniforms
 
 
@@ -272,3 +274,34 @@ def gate_penalties(a, b, p, q, gate_bias, *, sizes=None, noise=None, past=None, 
             return sparsity, zero
         delta = residual(a, b, p, q, gate_bias, sizes, dtype, noise, tau=tau)
         return sparsity, (past.to(exact) * delta).square().sum()
+
+
+class Reference(Backend):
+    """The specification as a backend, for any floating dtype on any device."""
+
+    name = "reference"
+
+    def summary(self) -> str:
+        return "plain torch, anywhere"
+
+    def forward(self, x: Tensor, weight: Tensor, factors: Factors, sizes: tuple[int, ...], noise: GateNoise | None) -> Tensor:
+        return masked_linear(x, weight, *factors, sizes=sizes, noise=noise)
+
+    def forward_penalties(
+        self, x: Tensor, weight: Tensor, factors: Factors, sizes: tuple[int, ...], noise: GateNoise | None, past: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return masked_linear_penalties(x, weight, *factors, sizes=sizes, noise=noise, past=past)
+
+    def backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, factors: Factors, sizes: tuple[int, ...], noise: GateNoise | None,
+        tau: Tensor, need_x: bool = True, need_factors: bool = True, penalties: PenaltyGradients = NO_PENALTIES,
+    ) -> tuple[Tensor | None, Factors]:  # fmt: skip
+        dx, *gradients = masked_linear_backward(
+            grad, x, weight, *factors, sizes=sizes, noise=noise, tau=tau, **penalties._asdict()
+        )
+        return dx, Factors(*gradients)
+
+    def rebuild_(
+        self, weight: Tensor, before: Tensor, tasks: Sequence[Factors], sizes: tuple[int, ...], master: Tensor | None
+    ) -> None:
+        rebuild_(weight, before, tasks, sizes=sizes, master=master)

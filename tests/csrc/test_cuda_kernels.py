@@ -9,11 +9,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from cases import NAMES, NOISE, PULL, assert_close, problem, specified, strided
+from cases import NAMES, NOISE, assert_close, masks, prepared, problem, run, specified, strided
 from cudaemulation import COMPILER, build
 
 import stamina_fast as sf
-from stamina_fast.ops import cuda, reference
+from stamina_fast.ops import cuda, noise as stream, reference
+from stamina_fast.ops.backend import Factors
+from stamina_fast.ops.cuda import Cuda
 
 pytestmark = [pytest.mark.skipif(COMPILER is None, reason="no C++ compiler"), pytest.mark.timeout(600)]
 # tokens, k, sizes, r, s: ragged, with an empty projection; a second span and odd widths; two blocks of tokens, ranks over 16
@@ -23,6 +25,7 @@ RANKS = (90, 264, (80,), 20, 40)
 # rows and columns that are copied 16 bytes at a time, and yet a projection that ends in the midst of them
 WIDE = (17, 264, (7, 33), 2, 1)
 DTYPES = [torch.bfloat16, torch.float16]
+CUDA = Cuda()
 
 
 @pytest.fixture(scope="module")
@@ -46,20 +49,8 @@ def emulated(tmp_path_factory):
     return machine
 
 
-def run(grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7, past=None):
-    """As `cases.run`, of the cuda backend."""
-    seed, step = (None, None) if noise is None else noise.tensors(torch.device("cpu"))
-    factors = (a, b, p, q, gate_bias, sizes, seed, step)
-    pull = () if past is None else (past, *(torch.tensor(g) for g in PULL))
-    gradients = cuda.backward(grad, x, weight, *factors, torch.tensor(tau), True, True, *pull)
-    if past is None:
-        return cuda.forward(x, weight, *factors), *gradients
-    y, *penalties = cuda.forward_penalties(x, weight, *factors, past)
-    return y, *gradients, *penalties
-
-
 def check(arguments, sizes, **options):
-    got, wanted = run(*arguments, sizes, **options), list(specified(*arguments, sizes, **options))
+    got, wanted = run(CUDA, *arguments, sizes, **options), list(specified(*arguments, sizes, **options))
     if arguments[-1] is None:
         wanted[NAMES.index("dc")] = None
     assert_close(got, wanted, arguments[1].dtype)
@@ -84,16 +75,25 @@ def test_equals_the_specification(emulated, shape, options, dtype):
 ], ids=["ragged", "odd", "ranks", "two blocks", "no noise", "no gate", "gaps", "transposed", "half a block"])
 def test_the_forward_of_sm_90_is_the_portable_one(emulated, shape, options, order):
     """To the bit here, where both add in one order: bulk copies, their barrier and products of four warps differ."""
-    problems = problem(*shape, torch.bfloat16, gate=options.get("gate", True))[1:]
+    x, weight, *factors = problem(*shape, torch.bfloat16, gate=options.get("gate", True))[1:]
     if "strides" in options:
-        problems = [strided(t, options["strides"]) if n < 2 else t for n, t in enumerate(problems)]
-    seed, step = (None, None) if "noise" in options else NOISE.tensors(torch.device("cpu"))
+        x, weight = (strided(t, options["strides"]) for t in (x, weight))
+    factors = Factors(*factors)
+    noise = prepared(factors.p, options.get("noise", NOISE))
     found = []
     for hopper in (0, 1):
         with emulated(order=order, hopper=hopper):
-            found.append(cuda.forward(*problems, shape[2], seed, step))
+            found.append(CUDA.forward(x, weight, factors, shape[2], noise))
     assert found[0].float().std() > 0.1
     assert torch.equal(*found)
+
+
+def test_the_layout_is_that_of_the_stream_and_of_python(emulated):
+    """What Python shapes operands by, as the library was compiled."""
+    layout = cuda.layout()
+    assert layout.span == stream.SPAN
+    assert (layout.rows, layout.ranks, layout.half) == (64, 16, 8)
+    assert sorted(layout[5:]) == list(range(7))
 
 
 def test_without_a_gate_and_without_a_bias(emulated):
@@ -118,9 +118,9 @@ def test_tokens_at_the_edges_of_tiles(emulated, tokens):
 def test_the_order_of_threads_does_not_matter(emulated, order, early, hopper):
     """A missing barrier lets the order in which threads take their turns show, a missing wait when copies happen."""
     arguments = problem(*WIDE, torch.bfloat16)
-    first = run(*arguments, WIDE[2], past=arguments[2].float())
+    first = run(CUDA, *arguments, WIDE[2], past=arguments[2].float())
     with emulated(order=order, early=early, hopper=hopper):
-        second = run(*arguments, WIDE[2], past=arguments[2].float())
+        second = run(CUDA, *arguments, WIDE[2], past=arguments[2].float())
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
 
@@ -131,11 +131,12 @@ def test_fold_and_rebuild(emulated, dtype, with_master):
     for shape in (RAGGED, ODD):
         weight, *factors = problem(*shape, dtype)[2:]
         weight[0, 0] = -0.0
-        tasks = [tuple(factors), (*factors[:2], None, None, None), tuple(factors)]
+        factors = Factors(*factors)
+        tasks = [factors, Factors(*factors[:2]), factors]
         for start in (tasks[:1], tasks):
             ours, eager = weight.clone(), weight.clone()
             masters = [weight.float() + 1e-4 for _ in range(2)] if with_master else [None, None]
-            cuda.rebuild_(ours, weight, start, shape[2], masters[0])
+            CUDA.rebuild_(ours, weight, start, shape[2], masters[0])
             reference.rebuild_(eager, weight, start, sizes=shape[2], master=masters[1])
             # small matrices: sums of few ranks in the same order
             assert torch.allclose(ours.float(), eager.float(), rtol=2 * torch.finfo(dtype).eps)
@@ -143,7 +144,7 @@ def test_fold_and_rebuild(emulated, dtype, with_master):
                 assert torch.allclose(*masters, rtol=1e-6, atol=1e-6)
                 assert torch.equal(ours, masters[0].to(dtype))
         folded = weight.clone()
-        cuda.fold_(folded, *factors, shape[2], None)
+        CUDA.fold_(folded, factors, shape[2], None)
         closed = ~sf.gate_mask(*factors[2:], sizes=shape[2], dtype=dtype)
         assert torch.equal(folded[closed].view(torch.int16), weight[closed].view(torch.int16))
 
@@ -158,26 +159,14 @@ def test_one_mask_everywhere(emulated, noise, dtype, step):
     Logits in steps of 100 are exactly 0, where the gate of no noise is closed, or so large that their powers overflow.
     """
     sizes, k = (33, 7), 300
-    rows = sum(sizes)
     *_, p, q, gate_bias = problem(1, k, sizes, 1, 4, dtype)
     if step:
         p, q, gate_bias = step * p.sign(), q.round().clamp(-1, 1), torch.tensor([0.0, -0.0])
-    a, b, zero = torch.ones(rows, 1), torch.ones(2, 1, k), torch.zeros(rows, k, dtype=dtype)
-    seed, at = (None, None) if noise is None else noise.tensors(torch.device("cpu"))
-    factors = (p, q, gate_bias, sizes, seed, at)
-    masks = []
+    wanted = sf.gate_mask(p, q, gate_bias, sizes=sizes, noise=noise, dtype=dtype).float()
     for hopper in (0, 1):
         with emulated(hopper=hopper):
-            masks.append(cuda.forward(torch.eye(k, dtype=dtype), zero, a, b, *factors).T.float())
-    unit = torch.eye(rows, dtype=dtype)
-    tau = torch.tensor(1.0)
-    masks.append(cuda.backward(unit, zero, zero, a, b, *factors, tau, True, False)[0].float())
-    ones = torch.ones(1, k, dtype=dtype)
-    wide = torch.ones(rows, k), torch.eye(k).repeat(2, 1, 1)
-    masks.append(cuda.backward(ones[:, :1].expand(1, rows), ones, zero, *wide, *factors, tau, False, True)[1])
-    wanted = sf.gate_mask(p, q, gate_bias, sizes=sizes, noise=noise, dtype=dtype).float()
-    for mask in masks:
-        assert torch.equal(mask, wanted)
+            for mask in masks(CUDA, sizes, k, p, q, gate_bias, noise, dtype):
+                assert torch.equal(mask, wanted)
     assert 0.2 < wanted.mean() < 0.8
 
 

@@ -16,9 +16,10 @@ import triton
 from cases import DEVICE, NAMES, NOISE, PULL, assert_close, everything, problem, specified
 from checked import Guards, watched
 
-import stamina_fast.kernels
 from stamina_fast.kernels import factors, fold, masked_linear, penalties, rebuild, tiles
 from stamina_fast.ops import reference
+from stamina_fast.ops.backend import Factors
+from stamina_fast.ops.triton import Triton
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="through the interpreter; a GPU runs its own configuration")
 
@@ -81,23 +82,23 @@ def name(case):
 def launch(group, arguments, sizes, tau, past):
     """The results of the launcher that chooses for this group."""
     grad, x, weight, *rest = arguments
-    common = (*rest, sizes, *NOISE.tensors(DEVICE))
+    residual = Factors(*rest), sizes, NOISE.on(DEVICE)
     wide = reference.compute_dtype(x.dtype)
     scalars = [torch.tensor(value, dtype=wide) for value in (tau, *PULL)]
     if group == ("forward",):
-        return (masked_linear.forward(x, weight, *common),)
+        return (masked_linear.forward(x, weight, *residual),)
     if group == ("input",):
-        return (masked_linear.backward_input(grad, weight, *common),)
+        return (masked_linear.backward_input(grad, weight, *residual),)
     if group == ("penalties",):
-        return penalties.forward(weight.dtype, *common, past)
+        return penalties.forward(weight.dtype, *residual, past)
     if group == ("fold",):
         alone, through, rebuilt = weight.clone(), torch.empty_like(weight), torch.empty_like(weight)
         master = weight.to(wide, copy=True)
-        fold.fold_(alone, *rest, sizes, None)
-        fold.fold_(through, *rest, sizes, master)
-        rebuild.rebuild_(rebuilt, weight, [rest], sizes, None)
+        fold.fold_(alone, residual[0], sizes, None)
+        fold.fold_(through, residual[0], sizes, master)
+        rebuild.rebuild_(rebuilt, weight, residual[:1], sizes, None)
         return alone, through, rebuilt, master
-    return factors.backward_factors(grad, x, *common, scalars[0], *(() if past is None else (past, *scalars[1:])))
+    return factors.backward_factors(grad, x, *residual, scalars[0], *(() if past is None else (past, *scalars[1:])))
 
 
 def wanted(group, arguments, sizes, tau, past):
@@ -163,7 +164,7 @@ def test_no_configuration_is_left_out():
         for module in MODULES:
             stack.enter_context(patch.object(module, "choose", choose))
         for penalised in (False, True):
-            everything(stamina_fast.kernels, problem(3, 9, (7,), 3, 5, torch.float16), (7,), penalised)
+            everything(Triton(), problem(3, 9, (7,), 3, 5, torch.float16), (7,), penalised)
     assert {kernel for kernel, _ in used} == {kernel for group in GROUPS for kernel in group}
     assert set(used) <= covered
 
@@ -179,6 +180,6 @@ def test_no_kernel_is_tuned_by_running():
     launched = []
     arguments = problem(1, 40, (7, 3), 3, 5, torch.float32)
     with watched(lambda name, *_: launched.append(name)):
-        fold.fold_(arguments[2], *arguments[3:], (7, 3), None)
+        fold.fold_(arguments[2], arguments[3:], (7, 3), None)
         rebuild.rebuild_(arguments[2].clone(), arguments[2], [arguments[3:]] * 2, (7, 3), None)
     assert launched == ["fold_kernel", "rebuild_kernel"]

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,14 +16,18 @@ from cases import DEVICE, NOISE, assert_close, problem, specified, strided
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from stamina_fast.kernels import factors, fold, masked_linear, rebuild, tiles
+from stamina_fast.kernels import factors, tables, tiles
 from stamina_fast.kernels.philox import ROUNDS, gate_open, gate_slope
 from stamina_fast.ops import reference
+from stamina_fast.ops.backend import Factors
+from stamina_fast.ops.triton import Triton
+
+# a test of the tests puts another here
+BACKEND = Triton()
 
 
 def run(*arguments, **options):
-    """`cases.run` with the kernels that this module holds, where a test of the tests puts others."""
-    return cases.run(SimpleNamespace(masked_linear=masked_linear, factors=factors), *arguments, **options)
+    return cases.run(BACKEND, *arguments, **options)
 
 
 SHAPES = [
@@ -83,7 +86,7 @@ def test_empty(shape):
 def test_nothing_to_multiply(k, sizes):
     """Empty sums are 0, in the shapes of the arguments."""
     grad, x, weight, *others = problem(3, k, sizes, 2, 5, torch.float32)
-    fold.fold_(weight, *others, sizes, None)
+    BACKEND.fold_(weight, Factors(*others), sizes, None)
     for got, like in zip(run(grad, x, weight, *others, sizes), (grad, x, *others), strict=True):
         assert torch.equal(got, torch.zeros_like(like))
 
@@ -96,8 +99,8 @@ def test_strides(kind):
     for one, two in zip(run(*plain, sizes), run(*other, sizes), strict=True):
         assert torch.equal(one, two)
     folded, weight = plain[2].clone(), other[2]
-    fold.fold_(folded, *plain[3:], sizes, None)
-    fold.fold_(weight, *other[3:], sizes, None)
+    BACKEND.fold_(folded, Factors(*plain[3:]), sizes, None)
+    BACKEND.fold_(weight, Factors(*other[3:]), sizes, None)
     assert torch.equal(folded, weight)
 
 
@@ -206,7 +209,7 @@ def test_fold(dtype, with_master):
     expected, expected_master = weight.clone(), None if master is None else master.clone()
     before = weight.clone() if master is None else master.clone()
     reference.fold_(expected, *rest, sizes=sizes, master=expected_master)
-    assert fold.fold_(weight, *rest, sizes, master) is None
+    BACKEND.fold_(weight, Factors(*rest), sizes, master)
     total, expected = (weight, expected) if master is None else (master, expected_master)
     torch.testing.assert_close(total, expected, rtol=torch.finfo(total.dtype).eps, atol=1e-7)
     if master is not None:
@@ -219,7 +222,8 @@ def test_fold(dtype, with_master):
 def test_fold_keeps_negative_zero():
     weight = torch.full((3, 40), -0.0, device=DEVICE)
     one, bias = torch.ones(3, 1, device=DEVICE), torch.full((1,), -5.0, device=DEVICE)
-    fold.fold_(weight, one, torch.ones(1, 1, 40, device=DEVICE), one, torch.zeros(1, 1, 40, device=DEVICE), bias, (3,), None)
+    b, q = torch.ones(1, 1, 40, device=DEVICE), torch.zeros(1, 1, 40, device=DEVICE)
+    BACKEND.fold_(weight, Factors(one, b, one, q, bias), (3,), None)
     assert torch.signbit(weight).all()
 
 
@@ -233,7 +237,7 @@ def test_rebuild():
     weight, master = torch.full_like(base, float("nan")), torch.full_like(base, float("nan"), dtype=torch.float32)
     expected, expected_master = torch.empty_like(base), torch.empty_like(master)
     reference.rebuild_(expected, base, tasks, sizes=sizes, master=expected_master)
-    rebuild.rebuild_(weight, base, tasks, sizes, master)
+    BACKEND.rebuild_(weight, base, [Factors(*task) for task in tasks], sizes, master)
     assert torch.equal(weight, expected)
     assert torch.equal(master, expected_master)
 
@@ -269,19 +273,27 @@ def test_nothing_of_the_weights_size_is_made():
 
     with Largest() as largest:
         run(*arguments, sizes)
-        fold.fold_(*arguments[2:], sizes, None)
+        BACKEND.fold_(arguments[2], Factors(*arguments[3:]), sizes, None)
     assert 3 * sum(sizes) <= largest.numel < sum(sizes) * k / 4
 
 
 def test_row_tiles_never_cross():
-    table = tiles.row_tiles((70, 0, 64, 1), 64, DEVICE).tolist()
+    table = tables.row_tiles((70, 0, 64, 1), 64, DEVICE).tolist()
     assert table == [[0, 64, 0], [64, 70, 0], [70, 134, 2], [134, 135, 3]]
-    assert tiles.tile_ranges((70, 0, 64, 1), 64, DEVICE).tolist() == [[0, 2], [2, 2], [2, 3], [3, 4]]
-    assert tiles.row_tiles((), 64, DEVICE).shape == (0, 3)
+    assert tables.tile_ranges((70, 0, 64, 1), 64, DEVICE).tolist() == [[0, 2], [2, 2], [2, 3], [3, 4]]
+    assert tables.row_tiles((), 64, DEVICE).shape == (0, 3)
+
+
+def test_chunks_are_tiles_of_one_projection():
+    """And the ranges of chunks are those of tiles as tall as a chunk."""
+    sizes = (70, 0, 193, 64)
+    assert tables.tile_chunks(sizes, 64, 2, DEVICE).tolist() == [[0, 2], [2, 4], [4, 6], [6, 7]]
+    assert tables.tile_ranges(sizes, 128, DEVICE).tolist() == [[0, 1], [1, 1], [1, 3], [3, 4]]
+    assert tables.tile_chunks((), 64, 2, DEVICE).shape == (0, 2)
 
 
 def test_rows_begin_and_end_at_multiples():
-    assert [tiles.row_step(sizes) for sizes in ((320, 0, 1280), (24, 16), (70, 4), (64, 1), ())] == [16, 8, 2, 1, 16]
+    assert [tables.row_step(sizes) for sizes in ((320, 0, 1280), (24, 16), (70, 4), (64, 1), ())] == [16, 8, 2, 1, 16]
 
 
 def test_config_is_validated():

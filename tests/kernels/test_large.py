@@ -19,8 +19,8 @@ from checked import Checked, kernel_names
 from test_planted import KERNELS, copy  # noqa: F401
 from triton.runtime.errors import InterpreterError
 
-import stamina_fast.kernels
-from stamina_fast.kernels import factors, fold, masked_linear, penalties, rebuild  # noqa: F401 makes them attributes
+from stamina_fast.ops.backend import Factors
+from stamina_fast.ops.triton import Triton
 
 # what shows a change in a module
 SHOWS = {
@@ -67,7 +67,7 @@ NARROWED = [
 @pytest.mark.parametrize(("module", "line", "planted"), NARROWED)
 def test_32_bits_are_caught(module, line, planted, copy, tmp_path):  # noqa: F811
     copy(module, line, planted)
-    read = offsets(test_kernels.fold.__package__, *SHOWS[module], path=tmp_path)
+    read = offsets(test_kernels.BACKEND.package, *SHOWS[module], path=tmp_path)
     assert any(found["faults"] for found in read.values())
 
 
@@ -100,18 +100,18 @@ def test_rows_past_32_bits(far):
     """Every matrix whose strides are the caller's, with its rows so far apart: the bits of the same rows side by side."""
     sizes = (3, 1)
     plain = problem(3, 40, sizes, 2, 1, torch.float16)
-    kernels = stamina_fast.kernels
-    expected = everything(kernels, plain, sizes)
+    backend, factors = Triton(), Factors(*plain[3:])
+    expected = everything(backend, plain, sizes)
     grad, x, weight, past = map(far, (*plain[:3], plain[2]))
     master, rebuilt, kept = far(plain[2].float()), far(plain[2]), far(plain[2].float())
-    tasks = [plain[3:], (*plain[3:5], None, None, None)]
+    tasks = [factors, Factors(*factors[:2])]
     with Checked():
-        made = run(kernels, grad, x, weight, *plain[3:], sizes, past=past)
-        fold.fold_(weight, *plain[3:], sizes, None)
+        made = run(backend, grad, x, weight, *plain[3:], sizes, past=past)
+        backend.fold_(weight, factors, sizes, None)
         alone = weight.clone()
         weight.copy_(plain[2])
-        fold.fold_(weight, *plain[3:], sizes, master)
-    rebuild.rebuild_(rebuilt, far(plain[2]), tasks, sizes, kept)
+        backend.fold_(weight, factors, sizes, master)
+    backend.rebuild_(rebuilt, far(plain[2]), tasks, sizes, kept)
     for one, other in zip((*made, alone, weight, master, rebuilt, kept), expected, strict=True):
         assert torch.equal(one, other)
 

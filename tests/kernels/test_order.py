@@ -11,8 +11,8 @@ if not torch.cuda.is_available():
 from cases import DEVICE, everything, problem
 from checked import kernel_names, shuffled, watched
 
-import stamina_fast.kernels
-from stamina_fast.kernels import factors, fold, masked_linear, penalties, rebuild  # noqa: F401 makes them attributes
+from stamina_fast.kernels import tiles
+from stamina_fast.ops.triton import Triton
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="through the interpreter; tests/gpu has this on a GPU")
 
@@ -25,15 +25,15 @@ def test_repeats_are_bit_equal(repeats):
     """Forward, both backward kernels, both folds and the rebuild of one tiny case."""
     sizes = (2, 1)
     arguments = problem(1, 9, sizes, 2, 1, torch.float16)
-    first = everything(stamina_fast.kernels, arguments, sizes)
+    first = everything(Triton(), arguments, sizes)
     for _ in range(repeats):
-        assert equal(everything(stamina_fast.kernels, arguments, sizes), first)
+        assert equal(everything(Triton(), arguments, sizes), first)
 
 
 @pytest.mark.parametrize("seed", [1, 2, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(3, 20))])
 def test_the_order_of_programs_decides_nothing(seed, monkeypatch):
     """Every kernel with several programs: of rows and of columns, of the gate's gradients also of ranks."""
-    monkeypatch.setattr(stamina_fast.kernels.tiles, "interpreted", lambda: False)
+    monkeypatch.setattr(tiles, "interpreted", lambda: False)
     sizes = (3, 2, 4)
     arguments = problem(5, 40, sizes, 1, 17, torch.float16)
     grids = {}
@@ -41,9 +41,9 @@ def test_the_order_of_programs_decides_nothing(seed, monkeypatch):
     def called(name, executor, _):
         grids.setdefault(name, set()).add((*executor.grid, 1, 1)[:3])
 
-    expected = everything(stamina_fast.kernels, arguments, sizes)
+    expected = everything(Triton(), arguments, sizes)
     with watched(called), shuffled(seed) as orders:
-        assert equal(everything(stamina_fast.kernels, arguments, sizes), expected)
+        assert equal(everything(Triton(), arguments, sizes), expected)
     assert grids.keys() == kernel_names()
     for name in grids:
         assert any(list(orders[grid]) != list(orders[grid].values()) for grid in grids[name]), name

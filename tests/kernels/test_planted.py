@@ -6,7 +6,6 @@ test_penalties.py, run against the copy.
 
 import importlib
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,9 @@ import test_penalties
 import torch
 
 import stamina_fast.kernels
+from stamina_fast.ops.triton import Triton
 
 KERNELS = Path(next(iter(stamina_fast.kernels.__path__)))
-MODULES = ("philox", "tiles", "masked_linear", "factors", "fold", "rebuild", "penalties")
 
 PLANTED = {
     # the stream
@@ -41,7 +40,7 @@ PLANTED = {
     "only the first ranks count": ("philox", "for r0 in tl.static_range(0, RANK, STEP)",
                                    "for r0 in tl.static_range(0, STEP, STEP)"),
     # tiles
-    "a tile runs into the next projection": ("tiles", "min(row + block, stop)", "min(row + block, sum(sizes))"),
+    "a tile runs into the next projection": ("tables", "min(row + block, stop)", "min(row + block, sum(sizes))"),
     "the last columns belong to nobody": ("tiles", "subtiles = -(-min(k, self.columns * self.groups) // LANES.value)",
                                           "subtiles = max(1, min(k, self.columns * self.groups) // LANES.value)"),
     # the forward and dx
@@ -137,12 +136,11 @@ def copy(tmp_path, monkeypatch):
                 text = text.replace(old, new)
             path.write_text(text.replace("stamina_fast.kernels", package))
         monkeypatch.syspath_prepend(tmp_path)
-        for name in MODULES:
-            made = importlib.import_module(f"{package}.{name}")
-            for tests in (test_kernels, test_penalties):
-                if hasattr(tests, name):
-                    monkeypatch.setattr(tests, name, made)
-        philox = sys.modules[f"{package}.philox"]
+        for name in ("factors", "tables", "tiles"):
+            monkeypatch.setattr(test_kernels, name, importlib.import_module(f"{package}.{name}"))
+        for tests in (test_kernels, test_penalties):
+            monkeypatch.setattr(tests, "BACKEND", Triton(package))
+        philox = importlib.import_module(f"{package}.philox")
         for name in ("ROUNDS", "gate_open", "gate_slope"):
             monkeypatch.setattr(test_kernels, name, getattr(philox, name))
 

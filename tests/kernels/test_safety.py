@@ -7,7 +7,6 @@ something is shown with copies of the kernels in which one half of one mask is m
 import ast
 import os
 import random
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,8 +21,9 @@ from checked import Checked, Guards
 from test_planted import KERNELS, copy  # noqa: F401
 from triton.runtime.errors import InterpreterError
 
-import stamina_fast.kernels
-from stamina_fast.kernels import factors, fold, masked_linear, penalties, rebuild, tiles  # noqa: F401 makes them attributes
+from stamina_fast.kernels import tiles
+from stamina_fast.ops.backend import Factors
+from stamina_fast.ops.triton import Triton
 
 pytestmark = pytest.mark.skipif(DEVICE.type == "cuda", reason="through the interpreter; compute-sanitizer has a GPU's")
 
@@ -51,7 +51,7 @@ def guarded(shape, dtype, kind, gate, penalised):
     plain, guards = problem(*shape, dtype, gate=gate), Guards()
     arguments = [t if t is None else guards.around(strided(t, kind) if kind != "plain" and t.ndim > 1 else t) for t in plain]
     with guards, Checked(guards):
-        made = everything(stamina_fast.kernels, arguments, shape[2], penalised)
+        made = everything(Triton(), arguments, shape[2], penalised)
     guards.assert_intact()
     for argument, tensor in zip(arguments, plain, strict=True):
         assert tensor is None or torch.equal(argument, tensor)
@@ -108,33 +108,33 @@ def halves_of_masks():
 HALVES = sorted(set(halves_of_masks()))
 
 
-def launch(kernels, module, arguments, sizes):
+def launch(backend, module, arguments, sizes):
     """The launchers that take the code of a module, and few others."""
     if module in ("masked_linear", "factors", "penalties"):
-        run(kernels, *arguments, sizes, past=arguments[2])
+        run(backend, *arguments, sizes, past=arguments[2])
     elif module == "rebuild":
-        kernels.rebuild.rebuild_(arguments[2].clone(), arguments[2], [arguments[3:]], sizes, None)
+        backend.rebuild_(arguments[2].clone(), arguments[2], [Factors(*arguments[3:])], sizes, None)
     else:
-        kernels.fold.fold_(arguments[2].clone(), *arguments[3:], sizes, None)
+        backend.fold_(arguments[2].clone(), Factors(*arguments[3:]), sizes, None)
 
 
 @pytest.fixture
 def planted(copy):  # noqa: F811
-    """A function that plants a bug in a copy of the kernels and gives that copy."""
+    """A function that plants a bug in a copy of the kernels and gives the backend that runs it."""
 
     def plant(*bug):
         copy(*bug)
-        return sys.modules[test_kernels.fold.__package__]
+        return test_kernels.BACKEND
 
     return plant
 
 
 @pytest.mark.parametrize(("module", "line", "bug"), HALVES, ids=[f"{module}: {bug.strip()}" for module, _, bug in HALVES])
 def test_half_a_mask_is_caught(module, line, bug, planted):
-    kernels = planted(module, line, bug)
+    backend = planted(module, line, bug)
     guards, said = Guards(), r"outside its tensors|another program|written twice"
     with pytest.raises(InterpreterError, match=said), Checked(guards), guards:
-        launch(kernels, module, problem(3, 40, (7, 3), 3, 5, torch.float32), (7, 3))
+        launch(backend, module, problem(3, 40, (7, 3), 3, 5, torch.float32), (7, 3))
 
 
 @pytest.mark.parametrize(
@@ -147,32 +147,32 @@ def test_half_a_mask_is_caught(module, line, bug, planted):
 )
 def test_two_programs_in_one_element_are_caught(module, old, new, planted, monkeypatch):
     monkeypatch.setattr(tiles, "interpreted", lambda: False)
-    kernels, sizes = planted(module, old, new), (7, 3)
+    backend, sizes = planted(module, old, new), (7, 3)
     with pytest.raises(InterpreterError, match="another program"), Checked():
-        launch(kernels, module, problem(3, 300, sizes, 3, 5, torch.float16), sizes)
+        launch(backend, module, problem(3, 300, sizes, 3, 5, torch.float16), sizes)
 
 
 @pytest.mark.parametrize("module", ["masked_linear", "factors"])
 def test_a_false_multiple_is_caught(module, planted):
     """Rows that are said to begin and end at multiples of 16 and do not: a GPU would read several at once and miss some."""
-    kernels, sizes = planted("tiles", "gcd(16, *sizes)", "16"), (7, 3)
+    backend, sizes = planted("tables", "gcd(16, *sizes)", "16"), (7, 3)
     with pytest.raises(InterpreterError, match="not a multiple of"), Checked():
-        launch(kernels, module, problem(3, 40, sizes, 3, 5, torch.float32), sizes)
+        launch(backend, module, problem(3, 40, sizes, 3, 5, torch.float32), sizes)
 
 
 def test_a_write_next_to_a_tensor_shows(planted):
     """Without the checked interpreter the guards alone see it."""
-    kernels = planted("masked_linear", "mask_n[:, None] & mask_t[None, :])", "mask_n[:, None])")
+    backend = planted("masked_linear", "mask_n[:, None] & mask_t[None, :])", "mask_n[:, None])")
     arguments, guards = problem(3, 40, (7, 3), 3, 5, torch.float32), Guards()
     with guards:
-        run(kernels, *arguments, (7, 3))
+        run(backend, *arguments, (7, 3))
     with pytest.raises(AssertionError, match="written next to a tensor of shape"):
         guards.assert_intact()
 
 
 def test_a_read_next_to_a_tensor_shows(planted):
     """The guard is NaN, which no product with 0 makes harmless."""
-    kernels = planted("masked_linear", "mask_k[:, None] & mask_t[None, :]", "mask_t[None, :]")
+    backend = planted("masked_linear", "mask_k[:, None] & mask_t[None, :]", "mask_t[None, :]")
     arguments, guards = problem(3, 40, (7, 3), 3, 5, torch.float32), Guards()
-    y = run(kernels, *(guards.around(t) for t in arguments), (7, 3))[0]
+    y = run(backend, *(guards.around(t) for t in arguments), (7, 3))[0]
     assert y.isnan().any()

@@ -1,7 +1,6 @@
 """The compiled CPU backend: every instruction set by itself, any number of threads, any layout of its arguments."""
 
 from itertools import accumulate
-from types import SimpleNamespace
 
 import cases
 import pytest
@@ -12,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import stamina_fast as sf
 from stamina_fast.ops import cpu, reference
+from stamina_fast.ops.backend import Factors
 from stamina_fast.ops.noise import halves
 
 pytestmark = [
@@ -24,37 +24,16 @@ SETS = ("avx512_bf16", "avx512", "avx2", "generic")
 SIZES = (7, 70, 0, 3)
 
 
-def kernels(instructions):
-    """The backend on one instruction set in the shape of the Triton modules, as the shared cases call them."""
+def backend_of(instructions):
+    """The backend on one instruction set."""
     if instructions not in cpu.instruction_sets():
         pytest.skip(f"this machine has {' '.join(cpu.instruction_sets())}")
-    only = {"instructions": instructions}
-
-    def backward_input(grad, weight, *factors):
-        x = grad.new_zeros(grad.shape[0], weight.shape[1])
-        return cpu.backward(grad, x, weight, *factors, 1.0, True, False, **only)[0].to(grad.dtype)
-
-    def backward_factors(grad, x, a, b, p, q, gate_bias, sizes, seed, step, tau, *penalties):
-        # the factors' gradients do not read the weight
-        weight = x.new_full((), torch.nan).expand(a.shape[0], b.shape[2])
-        return cpu.backward(grad, x, weight, a, b, p, q, gate_bias, sizes, seed, step, tau, False, True, *penalties, **only)[1:]
-
-    def penalties(dtype, a, b, *others):
-        x = a.new_empty(0, b.shape[2], dtype=dtype)
-        return cpu.forward_penalties(x, x.new_empty(()).expand(a.shape[0], b.shape[2]), a, b, *others, **only)[1:]
-
-    return SimpleNamespace(
-        masked_linear=SimpleNamespace(forward=lambda *a: cpu.forward(*a, **only), backward_input=backward_input),
-        factors=SimpleNamespace(backward_factors=backward_factors),
-        penalties=SimpleNamespace(forward=penalties),
-        fold=SimpleNamespace(fold_=lambda *a: cpu.fold_(*a, **only)),
-        rebuild=SimpleNamespace(rebuild_=lambda *a: cpu.rebuild_(*a, **only)),
-    )
+    return cpu.Cpu(instructions)
 
 
 @pytest.fixture(params=SETS)
 def only(request):
-    return kernels(request.param)
+    return backend_of(request.param)
 
 
 def same(one, two):
@@ -110,7 +89,7 @@ def test_empty(only, dtype, shape):
 @pytest.mark.parametrize(("k", "sizes"), [(0, (7, 5)), (40, (0, 0)), (40, ())], ids=["no columns", "no rows", "no projections"])
 def test_nothing_to_multiply(only, k, sizes):
     grad, x, weight, *others = problem(3, k, sizes, 2, 5, torch.float32)
-    only.fold.fold_(weight, *others, sizes, None)
+    only.fold_(weight, Factors(*others), sizes, None)
     made = cases.run(only, grad, x, weight, *others, sizes, past=weight)
     for got, like in zip(made, (grad, x, *others, torch.zeros(()), torch.zeros(())), strict=True):
         assert torch.equal(got, torch.zeros_like(like))
@@ -132,7 +111,7 @@ def test_small_integers_are_exact(only, dtype):
         low = [t.to(dtype) for t in (grad, x, w)]
         got = cases.run(only, *low, *(t.float() for t in factors), sizes)
         assert [i for i in range(4) if not torch.equal(got[i].double(), exact[i])] == []
-    only.fold.fold_(folded := weight.to(dtype), *factors, sizes, None)
+    only.fold_(folded := weight.to(dtype), Factors(*factors), sizes, None)
     assert torch.equal(folded.double(), reference.fold_(weight, *factors, sizes=sizes))
 
 
@@ -145,8 +124,7 @@ def test_error_is_at_most_that_of_the_eager_code(only, k, dtype, noise, zero_wei
     x, weight, factors = cases.case(dtype, 192, k, sizes, 16, 8, tokens=(77,))
     if zero_weight:
         weight = torch.zeros_like(weight)
-    seed, step = (None, None) if noise is None else noise.tensors(x.device)
-    y = only.masked_linear.forward(x, weight, *factors.values(), sizes, seed, step)
+    y = only.forward(x, weight, Factors(**factors), sizes, cases.prepared(factors["p"], noise))
     exact = {name: t.double() for name, t in factors.items()}
     truth = reference.masked_linear(x.double(), weight.double(), **exact, sizes=sizes, noise=noise)
     plain = eager(x, weight, **factors, sizes=sizes, noise=noise)
@@ -171,7 +149,7 @@ def test_masks_are_one(only, dtype):
     assert 0.3 < forward.mean() < 0.7
     plain, *others = masks(only, sizes, k, p, q, gate_bias, None, dtype)
     ones = torch.ones(103, 1), torch.ones(2, 1, k)
-    only.fold.fold_(weight := torch.zeros(103, k, dtype=dtype), *ones, p, q, gate_bias, sizes, None)
+    only.fold_(weight := torch.zeros(103, k, dtype=dtype), Factors(*ones, p, q, gate_bias), sizes, None)
     assert same((plain, plain, plain), (*others, weight.float()))
 
 
@@ -184,8 +162,8 @@ def test_stream_layout(only):
     ones = torch.ones(rows, 1), torch.ones(1, 1, k)
     for shift, wanted in ((quarter, 1.0), (-quarter, 0.0)):
         # one projection with P = the unit matrix puts any logits into Q
-        gate = torch.eye(rows), (threshold + shift).unsqueeze(0), None
-        y = only.masked_linear.forward(torch.eye(k), torch.zeros(rows, k), *ones, *gate, (rows,), *NOISE.tensors("cpu"))
+        factors = Factors(*ones, torch.eye(rows), (threshold + shift).unsqueeze(0))
+        y = only.forward(torch.eye(k), torch.zeros(rows, k), factors, (rows,), NOISE.on("cpu"))
         assert (y == wanted).all()
 
 
@@ -193,15 +171,14 @@ def test_extreme_logits(only):
     """Infinite and huge ones decide the gate, one that is not a number closes it; no slope is infinite."""
     bias = torch.tensor([1e4, 3e38, torch.inf, -1e4, -3e38, -torch.inf, torch.nan])
     sizes, k = (2,) * 7, 40
-    zero, ones = torch.zeros(14, k), (torch.ones(14, 1), torch.ones(7, 1, k))
-    gate = torch.zeros(14, 1), torch.zeros(7, 1, k), bias
-    for noise in (None, NOISE):
-        place = sizes, *((None, None) if noise is None else noise.tensors("cpu"))
-        y = only.masked_linear.forward(torch.eye(k), zero, *ones, *gate, *place)
+    zero = torch.zeros(14, k)
+    factors = Factors(torch.ones(14, 1), torch.ones(7, 1, k), torch.zeros(14, 1), torch.zeros(7, 1, k), bias)
+    for noise in (None, NOISE.on("cpu")):
+        y = only.forward(torch.eye(k), zero, factors, sizes, noise)
         assert (y[:, :6] == 1).all()
         assert (y[:, 6:] == 0).all()
         for tau in (0.1, 1.0, 10.0):
-            made = only.factors.backward_factors(torch.ones(1, 14), torch.ones(1, k), *ones, *gate, *place, torch.tensor(tau))
+            _, made = only.backward(torch.ones(1, 14), torch.ones(1, k), zero, factors, sizes, noise, torch.tensor(tau))
             assert all(g[: 12 if g.ndim == 2 else 6].isfinite().all() for g in made)
 
 
@@ -228,7 +205,7 @@ def test_instruction_sets_agree(dtype, r, s):
     """Bit for bit on the mask, and on a fold by itself, into a master and of many tasks; products within a rounding."""
     sizes, k = (33, 70), 270
     arguments = problem(9, k, sizes, r, s, dtype)
-    sets = [kernels(name) for name in cpu.instruction_sets()]
+    sets = [cpu.Cpu(name) for name in cpu.instruction_sets()]
     if len(sets) == 1:
         pytest.skip("this machine has but one")
     gates = [masks(one, sizes, k, *arguments[5:], NOISE, dtype) for one in sets]
@@ -257,8 +234,8 @@ def test_strides_change_no_bit(only, dtype, kind):
     assert same(cases.run(only, *plain, sizes, past=past), cases.run(only, *other, sizes, past=moved(past)))
     folds = (plain[2].clone(), past.clone()), (moved(plain[2]), moved(past))
     for weight, master in folds:
-        only.fold.fold_(weight, *plain[3:], sizes, None)
-        only.fold.fold_(weight, *plain[3:], sizes, master)
+        only.fold_(weight, Factors(*plain[3:]), sizes, None)
+        only.fold_(weight, Factors(*plain[3:]), sizes, master)
     assert same(*folds)
 
 
@@ -309,7 +286,7 @@ def test_nothing_of_the_weights_size_is_made(only, dtype):
     past = torch.ones(4096, k)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         cases.run(only, *arguments, sizes, past=past)
-        only.fold.fold_(arguments[2], *arguments[3:], sizes, past)
+        only.fold_(arguments[2], Factors(*arguments[3:]), sizes, past)
     events = profiler.profiler.kineto_results.events()
     moves = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     most = max(accumulate(nbytes for _, nbytes in moves))
@@ -333,7 +310,7 @@ EDGES = st.sampled_from([0, 1, 2, 3, 5, 15, 16, 17, 33, 65])
 def test_any_shape(instructions, dtype, tokens, k, sizes, r, s, gate, noise, tau, seed):
     arguments, sizes = problem(tokens, k, tuple(sizes), r, s, dtype, gate=gate, seed=seed), tuple(sizes)
     past = arguments[2].to(reference.compute_dtype(dtype))
-    made = cases.run(kernels(instructions), *arguments, sizes, noise, tau, past)
+    made = cases.run(backend_of(instructions), *arguments, sizes, noise, tau, past)
     wanted = specified(*arguments, sizes, noise, tau, past)
     if gate and past.numel():
         # a logit too near 0 for fp32 and fp64 to agree
@@ -382,4 +359,4 @@ def test_it_is_the_default_on_a_cpu(dtype):
 def test_unknown_instructions_are_refused():
     _, x, weight, *factors = problem(1, 4, (3,), 1, 1, torch.float32)
     with pytest.raises(ValueError, match=r"instructions must be one of .*generic, got sse"):
-        cpu.forward(x, weight, *factors, (3,), None, None, instructions="sse")
+        cpu.Cpu("sse").forward(x, weight, Factors(*factors), (3,), None)

@@ -1,7 +1,6 @@
 """The hard gate in the kernels: one mask everywhere, and the specification's noise under each of its entries."""
 
 import os
-from types import SimpleNamespace
 
 import torch
 
@@ -10,11 +9,12 @@ if not torch.cuda.is_available():
 
 from cases import DEVICE, NOISE, masks, problem
 
-from stamina_fast.kernels import factors, fold, masked_linear
 from stamina_fast.ops import reference
+from stamina_fast.ops.backend import Factors
 from stamina_fast.ops.noise import halves
+from stamina_fast.ops.triton import Triton
 
-KERNELS = SimpleNamespace(masked_linear=masked_linear, factors=factors)
+BACKEND = Triton()
 
 
 def test_masks_are_one():
@@ -22,17 +22,17 @@ def test_masks_are_one():
     sizes, k, dtype = (33, 70), 70, torch.float16
     *_, p, q, gate_bias = problem(1, k, sizes, 1, 4, dtype)
     z = reference.noisy_logits(p, q, gate_bias, sizes, dtype, NOISE)
-    forward, backward, through = masks(KERNELS, sizes, k, p, q, gate_bias, NOISE)
+    forward, backward, through = masks(BACKEND, sizes, k, p, q, gate_bias, NOISE)
     assert torch.equal(forward, backward)
     assert torch.equal(forward, through)
     away = z.abs() >= 1e-5
     assert torch.equal((z > 0)[away], forward.bool()[away])
     assert 0.3 < forward.mean() < 0.7
 
-    plain, *others = masks(KERNELS, sizes, k, p, q, gate_bias, None)
+    plain, *others = masks(BACKEND, sizes, k, p, q, gate_bias, None)
     weight = torch.zeros(sum(sizes), k, dtype=dtype, device=DEVICE)
     a, b = torch.ones(sum(sizes), 1, device=DEVICE), torch.ones(2, 1, k, device=DEVICE)
-    fold.fold_(weight, a, b, p, q, gate_bias, sizes, None)
+    BACKEND.fold_(weight, Factors(a, b, p, q, gate_bias), sizes, None)
     for other in (*others, weight.float()):
         assert torch.equal(plain, other)
 
@@ -49,5 +49,5 @@ def test_stream_layout():
         p = torch.eye(rows, dtype=torch.float64, device=DEVICE)
         a, b = torch.ones(rows, 1, device=DEVICE), torch.ones(1, 1, k, device=DEVICE)
         eye, zero = torch.eye(k, device=DEVICE), torch.zeros(rows, k, device=DEVICE)
-        y = masked_linear.forward(eye, zero, a, b, p, q, None, (rows,), *NOISE.tensors(DEVICE))
+        y = BACKEND.forward(eye, zero, Factors(a, b, p, q), (rows,), NOISE.on(DEVICE))
         assert (y == wanted).all()

@@ -1,5 +1,6 @@
 """The noise stream: known answers, layout, extremes, injectivity."""
 
+import cases
 import pytest
 import torch
 
@@ -100,3 +101,15 @@ def test_bad_seeds_are_refused(bad):
         sf.GateNoise(bad, 0)
     with pytest.raises((ValueError, TypeError), match="step must be"):
         sf.GateNoise(0, bad)
+
+
+def test_every_language_states_the_same_stream():
+    """Python, Triton and C++ each state the numbers once; the compiled library says its own."""
+    pytest.importorskip("triton")
+    from stamina_fast.kernels import philox
+
+    stated = {"rounds": stream.ROUNDS, "span": stream.SPAN, "lanes": stream.LANES}
+    assert {name: getattr(philox, name.upper()).value for name in stated} == stated
+    cases.need("cpu")
+    said = dict(pair.split("=") for pair in torch.ops.stamina_fast.cpu_stream().split())
+    assert {name: int(number) for name, number in said.items()} == stated

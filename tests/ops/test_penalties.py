@@ -2,7 +2,6 @@
 
 import gc
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import stamina_fast as sf
-from stamina_fast.kernels import factors, masked_linear, penalties
 from stamina_fast.ops import functional, reference
+from stamina_fast.ops.backend import Factors, PenaltyGradients
+from stamina_fast.ops.triton import Triton
 
 SIZES = (7, 66, 0, 3)
 LETTERS = ("a", "b", "p", "q", "gate_bias")
@@ -26,10 +26,12 @@ BACKENDS = [("reference", torch.float64), ("reference", torch.float32), ("triton
 BACKENDS += [("cpu", dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)]
 
 
+# a test of the tests puts another here
+BACKEND = Triton()
+
+
 def run(*arguments, **options):
-    """`cases.run` with the kernels that this module holds, where a test of the tests puts others."""
-    kernels = SimpleNamespace(masked_linear=masked_linear, factors=factors, penalties=penalties)
-    return cases.run(kernels, *arguments, **options)
+    return cases.run(BACKEND, *arguments, **options)
 
 
 def drawn(shape, dtype=torch.float32, **options):
@@ -75,7 +77,8 @@ def test_one_penalty_without_the_other(kind, tau):
     (grad, x, weight, *rest), past = drawn((0, 40, (7, 3), 3, 5))
     options = {"d_sparsity": 2.0} if kind == "sparsity" else {"past": past, "d_forgetting": 0.3}
     here = {name: value if name == "past" else torch.tensor(value, device=DEVICE) for name, value in options.items()}
-    got = factors.backward_factors(grad, x, *rest, (7, 3), *NOISE.tensors(DEVICE), torch.tensor(tau, device=DEVICE), **here)
+    tau_here, noise = torch.tensor(tau, device=DEVICE), NOISE.on(DEVICE)
+    _, got = BACKEND.backward(grad, x, weight, Factors(*rest), (7, 3), noise, tau_here, penalties=PenaltyGradients(**here))
     exact = [t.double() for t in (grad, x, weight, *rest)]
     options = {name: value.double() if name == "past" else value for name, value in options.items()}
     wanted = reference.masked_linear_backward(*exact, sizes=(7, 3), noise=NOISE, tau=tau, **options)[1:]
@@ -88,10 +91,9 @@ def test_forgetting_counts_the_open_entries_of_the_forward():
     sizes, k = (33, 70), 70
     *_, p, q, gate_bias = problem(1, k, sizes, 1, 4, torch.float16)
     a, b = torch.ones(103, 1, device=DEVICE), torch.ones(2, 1, k, device=DEVICE)
-    gate = (p, q, gate_bias, sizes, *NOISE.tensors(DEVICE))
-    zero, ones = torch.zeros(103, k, dtype=torch.float16, device=DEVICE), torch.ones(103, k, device=DEVICE)
-    mask = masked_linear.forward(torch.eye(k, dtype=torch.float16, device=DEVICE), zero, a, b, *gate)
-    _, forgetting = penalties.forward(torch.float16, a, b, *gate, ones)
+    factors, ones = Factors(a, b, p, q, gate_bias), torch.ones(103, k, device=DEVICE)
+    eye, zero = (make(*size, dtype=torch.float16, device=DEVICE) for make, size in ((torch.eye, (k,)), (torch.zeros, (103, k))))
+    mask, _, forgetting = BACKEND.forward_penalties(eye, zero, factors, sizes, NOISE.on(DEVICE), ones)
     assert forgetting == mask.double().sum()
     assert 0.3 < forgetting / mask.numel() < 0.7
 
@@ -102,12 +104,13 @@ def test_extreme_logits():
     size = torch.tensor([1e4, 3e38, 200.0])
     bias = torch.cat([size, -size]).to(DEVICE)
     sizes, k = (2,) * 6, 40
-    grad, x, _, a, b, p, q, _ = problem(0, k, sizes, 1, 1, torch.float32)
-    gate = (0 * p, q, bias, sizes, *NOISE.tensors(DEVICE))
-    sparsity, _ = penalties.forward(torch.float32, a, b, *gate, None)
+    grad, x, weight, a, b, p, q, _ = problem(0, k, sizes, 1, 1, torch.float32)
+    residual = Factors(a, b, 0 * p, q, bias), sizes, NOISE.on(DEVICE)
+    _, sparsity, _ = BACKEND.forward_penalties(x, weight, *residual, None)
     assert sparsity == 0.5
     one = torch.ones((), device=DEVICE)
-    for got in factors.backward_factors(grad, x, a, b, *gate, one, None, one)[2:]:
+    _, gradients = BACKEND.backward(grad, x, weight, *residual, one, penalties=PenaltyGradients(None, one, None))
+    for got in gradients[2:]:
         assert (got.abs() < 1e-28).all()
 
 

@@ -75,13 +75,13 @@ def test_golden_noise_free_through_the_operator(backend):
         close(folded, case["out_fold"])
 
 
-def test_reference_imports_only_torch_and_the_noise():
+def test_reference_imports_only_torch_the_noise_and_what_a_backend_is():
     import ast
 
     tree = ast.parse(Path(reference.__file__).read_text())
     names = {n.module or "." for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     names |= {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    assert names <= {"__future__", "contextlib", "torch", "noise"}
+    assert names <= {"__future__", "collections.abc", "contextlib", "torch", "noise", "backend"}
 
 
 def test_penalties_by_hand(backend):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from stamina_fast.ops import dispatch, reference
+from stamina_fast.ops.backend import NO_PENALTIES, Factors, PenaltyGradients
 from stamina_fast.ops.noise import GateNoise
 
 SIZES = (5, 0, 7, 4)
@@ -54,7 +55,7 @@ def eager(x, weight, a, b, p, q, gate_bias, *, sizes, noise):
     return F.linear(x, weight) + F.linear(x, delta)
 
 
-# ---- the kernels, called as the operators call them ----------------------------------------------------------------
+# ---- backends, called as the operators call them ----------------------------------------------------------------
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # a seed and a step that need all 64 bits
@@ -81,19 +82,23 @@ def problem(tokens, k, sizes, r, s, dtype, gate=True, bias=True, seed=0):
     return grad, x, weight, a, b, p, q, draw(len(sizes)) if gate and bias else None
 
 
-def run(kernels, grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7, past=None):
-    """(y, dx, da, db, dp, dq, dc) of `kernels`, the package of their modules; with `past` [N, k] also the penalties."""
-    seed, step = (None, None) if noise is None else noise.tensors(DEVICE)
-    arguments = (a, b, p, q, gate_bias, sizes, seed, step)
-    y = kernels.masked_linear.forward(x, weight, *arguments)
-    dx = kernels.masked_linear.backward_input(grad, weight, *arguments)
-    wide = reference.compute_dtype(x.dtype)
-    tau = torch.tensor(tau, dtype=wide, device=DEVICE)
+def prepared(p, noise):
+    """The noise as a backend takes it."""
+    return None if p is None or noise is None else noise.on(DEVICE)
+
+
+def run(backend, grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7, past=None):
+    """(y, dx, da, db, dp, dq, dc) of a backend; with `past` [N, k] also the penalties."""
+    wide, factors, noise = reference.compute_dtype(x.dtype), Factors(a, b, p, q, gate_bias), prepared(p, noise)
     if past is None:
-        return y, dx, *kernels.factors.backward_factors(grad, x, *arguments, tau)
-    pull = (torch.tensor(g, dtype=wide, device=DEVICE) for g in PULL)
-    gradients = kernels.factors.backward_factors(grad, x, *arguments, tau, past, *pull)
-    return y, dx, *gradients, *kernels.penalties.forward(weight.dtype, *arguments, past)
+        y, *both = (backend.forward(x, weight, factors, sizes, noise),)
+        penalties = NO_PENALTIES
+    else:
+        y, *both = backend.forward_penalties(x, weight, factors, sizes, noise, past)
+        penalties = PenaltyGradients(past, *(torch.tensor(g, dtype=wide, device=DEVICE) for g in PULL))
+    tau = torch.tensor(tau, dtype=wide, device=DEVICE)
+    dx, gradients = backend.backward(grad, x, weight, factors, sizes, noise, tau, penalties=penalties)
+    return y, dx.to(x.dtype), *gradients, *both
 
 
 def specified(grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7, past=None):
@@ -138,31 +143,30 @@ def strided(tensor, kind):
     return wide[..., 1::2]
 
 
-def everything(kernels, arguments, sizes, penalised=True, noise=NOISE):
-    """What every launcher of `kernels` makes: `run`, with penalties or without, a fold alone and with a master, a rebuild."""
-    weight, factors = arguments[2], arguments[3:]
+def everything(backend, arguments, sizes, penalised=True, noise=NOISE):
+    """All that a backend makes: `run`, with penalties or without, a fold alone and with a master, a rebuild."""
+    weight, factors = arguments[2], Factors(*arguments[3:])
     alone, folded, rebuilt = weight.clone(), weight.clone(), weight.clone()
     master, kept = (weight.to(reference.compute_dtype(weight.dtype), copy=True) for _ in range(2))
-    made = run(kernels, *arguments, sizes, noise, past=weight if penalised else None)
-    kernels.fold.fold_(alone, *factors, sizes, None)
-    kernels.fold.fold_(folded, *factors, sizes, master)
+    made = run(backend, *arguments, sizes, noise, past=weight if penalised else None)
+    backend.fold_(alone, factors, sizes, None)
+    backend.fold_(folded, factors, sizes, master)
     # tasks of different kinds take a launch each
-    kernels.rebuild.rebuild_(rebuilt, weight, [factors, (*factors[:2], None, None, None)], sizes, kept)
+    backend.rebuild_(rebuilt, weight, [factors, Factors(*factors[:2])], sizes, kept)
     return *(t for t in made if t is not None), alone, folded, master, rebuilt, kept
 
 
-def masks(kernels, sizes, k, p, q, gate_bias, noise, dtype=torch.float16):
+def masks(backend, sizes, k, p, q, gate_bias, noise, dtype=torch.float16):
     """The mask as the forward, dx and the factors' gradients apply it, read off with A B = 1, W = 0 and unit inputs."""
     rows, groups = sum(sizes), len(sizes)
     zero = torch.zeros(rows, k, dtype=dtype, device=DEVICE)
     a, b = torch.ones(rows, 1, device=DEVICE), torch.ones(groups, 1, k, device=DEVICE)
-    seed, step = (None, None) if noise is None else noise.tensors(DEVICE)
-    gate = (p, q, gate_bias, sizes, seed, step)
-    forward = kernels.masked_linear.forward(torch.eye(k, dtype=dtype, device=DEVICE), zero, a, b, *gate).T
-    backward = kernels.masked_linear.backward_input(torch.eye(rows, dtype=dtype, device=DEVICE), zero, a, b, *gate)
+    factors, noise, tau = Factors(a, b, p, q, gate_bias), prepared(p, noise), torch.ones((), device=DEVICE)
+    forward = backend.forward(torch.eye(k, dtype=dtype, device=DEVICE), zero, factors, sizes, noise).T
+    unit = torch.eye(rows, dtype=dtype, device=DEVICE)
+    backward, _ = backend.backward(unit, zero, zero, factors, sizes, noise, tau, need_factors=False)
     # dW = 1 and B = the unit matrix make dA = M
     ones = torch.ones(1, max(rows, k), dtype=dtype, device=DEVICE)
-    unit = torch.eye(k, device=DEVICE).expand(groups, k, k)
-    tau = torch.ones((), device=DEVICE)
-    through = kernels.factors.backward_factors(ones[:, :rows], ones[:, :k], a.expand(rows, k), unit, *gate, tau)[0]
-    return [m.float() for m in (forward, backward, through)]
+    whole = Factors(a.expand(rows, k), torch.eye(k, device=DEVICE).expand(groups, k, k), p, q, gate_bias)
+    _, through = backend.backward(ones[:, :rows], ones[:, :k], zero, whole, sizes, noise, tau, need_x=False)
+    return [m.float() for m in (forward, backward, through.a)]
