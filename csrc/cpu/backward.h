@@ -51,15 +51,15 @@ struct BackwardOf {
     }
   }
 
-  // On return `tile` holds W + M ⊙ AB, `d_weight` dΔ and `logits` dL of this span; the sum of dL is returned.
+  // On return `tile` holds W + M ⊙ AB, `d_weight` dΔ and `logits` dL of this span. Returns the sum of dL.
   template <Mode MODE>
-  static T gradients(const Backward& f, const Rows& rows, Span span, BackwardRoom& room) {
+  static double gradients(const Backward& f, const Rows& rows, Span span, BackwardRoom& room) {
     const F bias = bias_of<F>(f.residual.gate, rows.group), inverse_tau = F(static_cast<T>(f.inverse_tau));
     const F twice = F(static_cast<T>(2 * f.d_forgetting)), soft = F(static_cast<T>(f.d_sparsity));
     const bool unit = f.inverse_tau == 1;
     const SpanNoise<F> noise(f.residual.gate, span);
     if (f.d_sparsity != 0) mark_columns(room.exists, span);
-    F sum = F(0.0f);
+    LongSum<F> sum;
     for (int64_t n = 0; n < rows.rows; ++n) {
       const int64_t row = rows.first + n;
       const Store* weight = f.need_x ? row_values(f.weight, row, span, room.row) : nullptr;
@@ -86,13 +86,13 @@ struct BackwardOf {
             if (f.d_sparsity != 0)
               d_logits = fused(soft_slope(exp_minus(product, bias)) * load(room.exists + c, F()), soft, d_logits);
             store(room.logits + at, d_logits);
-            sum = sum + d_logits;
+            sum.add(d_logits);
           }
         }
         if (weight) store(room.tile + at, load(weight + c, F()) + rounded<Store>(delta));
       });
     }
-    return static_cast<T>(total(sum));
+    return sum.value();
   }
 
   static void factor_products(const Backward& f, const Rows& rows, Span span, const T* d, const void* left, int64_t rank,
@@ -122,7 +122,7 @@ struct BackwardOf {
         low_rank<E>(f.residual.product, rows, span, columns, room.tile);
         if (mode != Mode::ones) low_rank<E>(f.residual.gate.logits, rows, span, columns, room.logits);
         if (f.need_factors) weight_gradient(f, rows, span, room);
-        T d_bias = T(0);
+        double d_bias = 0;
         switch (mode) {
           case Mode::ones: gradients<Mode::ones>(f, rows, span, room); break;
           case Mode::plain: d_bias = gradients<Mode::plain>(f, rows, span, room); break;
@@ -132,7 +132,7 @@ struct BackwardOf {
           factor_products(f, rows, span, room.d_weight, f.a, f.r, f.b_transposed, room.da, sums.db);
           if (mode != Mode::ones) {
             factor_products(f, rows, span, room.logits, f.p, f.s, f.q_transposed, room.dp, sums.dq);
-            *static_cast<T*>(sums.dc) += d_bias;
+            *sums.dc += d_bias;
           }
         }
         if (f.need_x)

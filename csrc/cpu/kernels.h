@@ -82,7 +82,8 @@ struct Backward {
 // what one piece of the stack (whole strips of one projection) adds up
 struct Sums {
   void *dx;             // [T, columns], shared by the pieces of one split
-  void *db, *dq, *dc;   // [r, columns], [s, columns], [1]
+  void *db, *dq;        // [r, columns], [s, columns]
+  double* dc;           // [1]
 };
 
 struct Task {

@@ -175,7 +175,7 @@ void backward_of(const Problem& problem, const Factors& f, const Gradients& to, 
   std::vector<T*> dx(splits);
   for (auto& part : dx)
     if (call.need_x) dx_parts[0].push_back(part = arena.make<T>(tokens * columns));
-  std::vector<T> dc(pieces.size(), T(0));
+  std::vector<double> dc(pieces.size(), 0.0), dc_sums(problem.sizes.size(), 0.0);
   std::vector<Sums> sums;
   for (const Piece& piece : pieces) {
     Sums s{call.need_x ? dx[piece.split] : nullptr, nullptr, nullptr, &dc[sums.size()]};
@@ -206,10 +206,10 @@ void backward_of(const Problem& problem, const Factors& f, const Gradients& to, 
     const auto group = static_cast<int64_t>(g);
     add_parts(problem, static_cast<T*>(to.db) + group * f.r * k, f.r, columns, db_parts[g]);
     if (gate) add_parts(problem, static_cast<T*>(to.dq) + group * f.s * k, f.s, columns, dq_parts[g]);
-    if (to.dc) static_cast<T*>(to.dc)[g] = T(0);
   }
   if (!to.dc) return;
-  for (size_t i = 0; i < pieces.size(); ++i) static_cast<T*>(to.dc)[pieces[i].rows.group] += dc[i];
+  for (size_t i = 0; i < pieces.size(); ++i) dc_sums[pieces[i].rows.group] += dc[i];
+  std::copy(dc_sums.begin(), dc_sums.end(), static_cast<T*>(to.dc));
 }
 
 template <class Store>

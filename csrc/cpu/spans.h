@@ -156,6 +156,18 @@ STAMINA_INLINE double total(F lanes) {
   return sum;
 }
 
+// A sum of any length and of both signs: what each addition loses is taken off the next value, and the rest of it at the end.
+template <class F>
+struct LongSum {
+  F sum = F(0.0f), lost = F(0.0f);
+  STAMINA_INLINE void add(F value) {
+    const F rest = value - lost, next = sum + rest;
+    lost = (next - sum) - rest;
+    sum = next;
+  }
+  STAMINA_INLINE double value() const { return total(sum) - total(lost); }
+};
+
 template <class F>
 STAMINA_INLINE F bias_of(const Gate& gate, int64_t group) {
   using T = typename F::Value;

@@ -119,6 +119,34 @@ def specified(grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.
     return y, dx, *exact[1:], *reference.gate_penalties(*rounded[3:], sizes=sizes, noise=noise, past=past.double())
 
 
+def magnitudes(grad, x, weight, a, b, p, q, gate_bias, sizes, noise=NOISE, tau=0.7, past=None):
+    """What `specified` would be if no term of a sum had a sign, in float64: y, dx and the gradients, None without a gate.
+
+    Where terms of both signs meet, a sum keeps the digits of its terms, not its own.
+    """
+    signed = [None if t is None else t.to(weight.dtype).double() for t in (p, q)]
+    grad, x, weight, a, b, p, q = (
+        None if t is None else t.to(weight.dtype).double().abs() for t in (grad, x, weight, a, b, p, q)
+    )
+    product = delta = reference.low_rank(a, b, sizes)
+    d_weight = grad.T @ x
+    if p is not None:
+        bias = None if gate_bias is None else gate_bias.double()
+        z = reference.noisy_logits(*signed, bias, sizes, torch.float64, noise)
+        delta = (z > 0) * product
+    if past is not None:
+        d_weight += 2 * PULL[1] * past.double().square() * delta
+    made = x @ (weight + delta).T, grad @ (weight + delta)
+    if p is None:
+        return *made, *reference._factor_gradients(d_weight, a, b, sizes), None, None, None
+    d_logits = d_weight * product * reference.slope(z, tau)
+    if past is not None:
+        d_logits += PULL[0] / max(1, z.numel()) * reference.slope(reference.logits(*signed, bias, sizes, torch.float64), 1.0)
+    d_bias = torch.stack([part.sum() for part in d_logits.split(sizes)])
+    left, right = (reference._factor_gradients(d, *f, sizes) for d, f in (((z > 0) * d_weight, (a, b)), (d_logits, (p, q))))
+    return *made, *left, *right, d_bias
+
+
 def assert_close(got, wanted, dtype, names=NAMES):
     for name, one, other in zip(names[: len(wanted)], got, wanted, strict=True):
         assert (one is None) == (other is None), name
