@@ -54,8 +54,9 @@ def test_products_in_pieces(gpu, precision, monkeypatch):
     arguments = problem(20, 140, (7, 66), 3, 5, torch.float16)
     for tau in (0.7, 1.0):
         got, wanted = (call(*arguments, (7, 66), tau=tau) for call in (run, specified))
-        # c is no factor of a product: its gradient is a sum of both signs, which loses digits in any order
-        torch.testing.assert_close(got[-1].double(), wanted[-1], rtol=1e-5, atol=0)
+        # c is no factor of a product: its gradient is a sum of both signs, which keeps the digits of its terms, not its own
+        terms = cases.magnitudes(*arguments, (7, 66), tau=tau)[-1]
+        assert ((got[-1].double() - wanted[-1]).abs() <= torch.finfo(torch.float32).eps / 8 * terms).all()
         assert_close((*got[:-1], None), (*wanted[:-1], None), torch.float16)
 
 
@@ -211,7 +212,10 @@ def test_fold(dtype, with_master):
     reference.fold_(expected, *rest, sizes=sizes, master=expected_master)
     BACKEND.fold_(weight, Factors(*rest), sizes, master)
     total, expected = (weight, expected) if master is None else (master, expected_master)
-    torch.testing.assert_close(total, expected, rtol=torch.finfo(total.dtype).eps, atol=1e-7)
+    # two sums of A B may take another order, and each total is rounded once
+    a, b = (t.to(dtype).float().abs() for t in rest[:2])
+    order = a.shape[1] * torch.finfo(torch.float32).eps * reference.low_rank(a, b, sizes)
+    assert ((total - expected).abs() <= order + torch.finfo(total.dtype).eps * expected.abs()).all()
     if master is not None:
         assert torch.equal(weight, master.to(dtype))
     closed = ~reference.gate_mask(*rest[2:], sizes=sizes, dtype=dtype)
