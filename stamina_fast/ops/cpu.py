@@ -3,6 +3,8 @@
 Threads and SIMD, nothing of size N × k beside the weight; the same bits for any number of threads. The logits and the noise
 are the same on every instruction set, so masks and folds are too; of the rest, the last bits differ where bf16 is multiplied in
 pairs, and of the penalties and dc, which are summed lane by lane.
+
+STAMINA_CPU_ISA, read once, lowers the instruction set on purpose: calls take generic, avx2, avx512 or avx512_bf16 at most.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from .backend import NO_PENALTIES, Backend, Factors, PenaltyGradients
 from .noise import GateNoise
 from .reference import compute_dtype
@@ -69,8 +72,16 @@ def load() -> str:
 
 @cache
 def instruction_sets() -> tuple[str, ...]:
-    """What this build has and this machine can run, best first."""
-    return tuple(torch.ops.stamina_fast.cpu_instruction_sets().split())
+    """What this build has and this machine can run, best first, from STAMINA_CPU_ISA on where that is set.
+
+    Raises InputError where STAMINA_CPU_ISA names none of them.
+    """
+    here = tuple(torch.ops.stamina_fast.cpu_instruction_sets().split())
+    most = os.environ.get("STAMINA_CPU_ISA") or here[0]
+    if most not in here:
+        wanted = f"one of {', '.join(here)} on this machine"
+        raise InputError(f"STAMINA_CPU_ISA must be {wanted}, got {most!r}; unset it for {here[0]}")
+    return here[here.index(most) :]
 
 
 def _rounded(factors: Factors, dtype: torch.dtype) -> Factors:

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.profiler import ProfilerActivity, profile
 
 import stamina_fast as sf
+from stamina_fast.errors import InputError
 from stamina_fast.ops import cpu, reference
 from stamina_fast.ops.backend import Factors
 from stamina_fast.ops.noise import halves
@@ -383,6 +384,16 @@ def test_it_is_the_default_on_a_cpu(dtype):
     available, reason = sf.backends()["cpu"]
     assert available
     assert reason.endswith("generic")
+
+
+def test_the_instruction_set_can_be_lowered(monkeypatch):
+    here = tuple(torch.ops.stamina_fast.cpu_instruction_sets().split())
+    for i, name in enumerate(here):
+        monkeypatch.setenv("STAMINA_CPU_ISA", name)
+        assert cpu.instruction_sets.__wrapped__() == here[i:]
+    monkeypatch.setenv("STAMINA_CPU_ISA", "sse2")
+    with pytest.raises(InputError, match=r"STAMINA_CPU_ISA must be one of .*generic on this machine, got 'sse2'; unset it"):
+        cpu.instruction_sets.__wrapped__()
 
 
 def test_unknown_instructions_are_refused():
