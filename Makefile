@@ -63,5 +63,5 @@ $(READY): pyproject.toml CMakeLists.txt $(wildcard csrc/*/*)
 	@$(PYTHON) -c 'import torch' 2>/dev/null || $(PYTHON) -m pip install --quiet torch==$(TORCH)
 	@$(PYTHON) -m pip install --quiet "scikit-build-core>=0.11" cmake ninja
 	@CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PYTHON) -m pip install --quiet --no-build-isolation -e ".[test]"
-	@$(PYTHON) -c 'from stamina_fast import cpu; print(cpu.load() or "compiled for " + ", ".join(cpu.instruction_sets()))'
+	@$(PYTHON) -c 'from stamina_fast.ops import cpu; print(cpu.load() or "compiled for " + ", ".join(cpu.instruction_sets()))'
 	@touch "$@"

@@ -111,8 +111,8 @@ def test_without_a_compiler_it_is_plain_python_and_says_so(bare):
     passed, said = bare.passes("test_reference.py", "test_cpu.py", "test_native.py")
     assert passed > 10
     # of the compiled part, every test is skipped with the reason
-    assert re.search(rf"SKIPPED \[\d+\] tests/test_cpu.py.*{re.escape(NO_COMPILER)}", said)
-    assert re.search(r"SKIPPED \[\d+\] tests/test_native.py.*no g\+\+ on PATH", said)
+    assert re.search(rf"SKIPPED \[\d+\] tests/ops/test_cpu.py.*{re.escape(NO_COMPILER)}", said)
+    assert re.search(r"SKIPPED \[\d+\] tests/csrc/test_native.py.*no g\+\+ on PATH", said)
 
 
 REAL = ("test_operators.py", "test_reference.py", "test_attach.py", "test_stack.py", "test_fold.py", "train/test_step.py")

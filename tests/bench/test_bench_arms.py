@@ -1,4 +1,4 @@
-"""Entry points of pytest-benchmark for the CPU arms on the small shape: `python -m pytest tests/test_bench_arms.py`.
+"""Entry points of pytest-benchmark for the CPU arms on the small shape: `python -m pytest tests/bench/test_bench_arms.py`.
 
 Under `make test` each arm runs once, untimed, and its results are held against the specification.
 """
