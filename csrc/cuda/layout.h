@@ -24,8 +24,8 @@ constexpr int PAIRS = BLOCKS / 2;     // a pair of sub-blocks takes the two halv
 constexpr int QUARTERS = 4;
 constexpr int TILE_ROWS = 64, STRIP_ROWS = 16, STRIPS = TILE_ROWS / STRIP_ROWS;
 constexpr int RANKS = 16;  // ranks of one product
-// tokens of a block of the forward and of dX, in tiles of 8: the 77 of a prompt
-constexpr int TOKEN_TILES = 10;
+// a block of the forward and of dX takes the 77 tokens of a prompt, in tiles
+constexpr int TOKENS = 8, TOKEN_TILES = 10;
 constexpr int HALVES = 8;  // half-precision numbers of a 16-byte word
 
 struct Place {
@@ -119,7 +119,7 @@ STAMINA_INLINE Source gradient_source(int64_t index, int number, int64_t token_t
   const int64_t token_tile = index / WARP % token_tiles, half = index / WARP / token_tiles % (TILE_ROWS / HALF_ROWS);
   const Place place = operand_b(lane, number % 4);
   return {index / WARP / token_tiles / (TILE_ROWS / HALF_ROWS), half * HALF_ROWS + number / 4 * 16 + place.row,
-          token_tile * 8 + place.column};
+          token_tile * TOKENS + place.column};
 }
 
 // X for the forward: [eight columns][token], so that eight tokens by eight columns are 128 bytes that lie together, a matrix

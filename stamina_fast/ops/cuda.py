@@ -69,19 +69,31 @@ def _ceil(count: int, size: int) -> int:
 class Layout(NamedTuple):
     """What the library was compiled for.
 
-    rows          of a tile
-    span          columns that a block works at once
-    ranks         of one product
-    half          half-precision numbers of a word of 16 bytes; also the tokens of a token tile
-    token_tiles   of a block of the forward and of dx
-    left, right, right_transposed, left_transposed, gradient, right_plain, tokens   the packings, by number
+    rows                       of a tile
+    span                       columns that a block works on at once
+    ranks                      of one product of tensor cores
+    numbers                    half-precision numbers of a word of 16 bytes
+    lanes                      of a warp, each of which takes one word
+    strips, halves             parts of a tile's rows: of a left factor, and of the gradient
+    quarters, pairs            parts of a span
+    tokens_of_tile             tokens of a token tile
+    token_tiles                of a block of the forward and of dx
+    jobs                       operands that one launch packs at most
+    left to tokens             the packings, by number
     """
 
     rows: int
     span: int
     ranks: int
-    half: int
+    numbers: int
+    lanes: int
+    strips: int
+    quarters: int
+    pairs: int
+    halves: int
+    tokens_of_tile: int
     token_tiles: int
+    jobs: int
     left: int
     right: int
     right_transposed: int
@@ -111,7 +123,7 @@ class _Packer:
 
     def _add(self, source: Tensor, packing: int, *shape: int, to: Tensor | None = None) -> Tensor:
         if to is None:
-            to = torch.empty((*shape, self.layout.half), dtype=self.dtype, device=self.tiles.device)
+            to = torch.empty((*shape, self.layout.numbers), dtype=self.dtype, device=self.tiles.device)
         if source.dtype == torch.float64:
             source = source.to(self.dtype)
         if to.numel():
@@ -123,27 +135,35 @@ class _Packer:
         return max(1, _ceil(ranks, self.layout.ranks))
 
     def left(self, source: Tensor, packing: int | None = None, to: Tensor | None = None) -> Tensor:
-        """[N, ranks] as [tiles, 4, steps, 32, 8]."""
+        """[N, ranks] as [tiles, strips, steps, lanes, numbers]."""
         packing = self.layout.left if packing is None else packing
-        return self._add(source, packing, len(self.tiles), 4, self.steps(source.shape[1]), 32, to=to)
+        return self._add(source, packing, *self.left_shape(source.shape[1]), to=to)
+
+    def left_shape(self, ranks: int) -> tuple[int, ...]:
+        """The words of a packed left factor."""
+        return len(self.tiles), self.layout.strips, self.steps(ranks), self.layout.lanes
 
     def right(self, source: Tensor, packing: int | None = None, to: Tensor | None = None) -> Tensor:
-        """[G, ranks, k] as [G, spans, steps, 4, 4, 32, 8]."""
+        """[G, ranks, k] as [G, spans, steps, quarters, pairs, lanes, numbers]."""
         packing = self.layout.right if packing is None else packing
-        groups, ranks, k = source.shape
-        return self._add(source, packing, groups, _ceil(k, self.layout.span), self.steps(ranks), 4, 4, 32, to=to)
+        return self._add(source, packing, *self.right_shape(*source.shape), to=to)
+
+    def right_shape(self, groups: int, ranks: int, k: int) -> tuple[int, ...]:
+        """The words of a packed right factor."""
+        of = self.layout
+        return groups, _ceil(k, of.span), self.steps(ranks), of.quarters, of.pairs, of.lanes
 
     def gradient(self, grad: Tensor) -> Tensor:
-        """[T, N] as [tiles, 2, token tiles, 32, 8], the token tiles filling whole blocks."""
+        """[T, N] as [tiles, halves, token tiles, lanes, numbers], the token tiles filling whole blocks."""
         of = self.layout
-        blocks = _ceil(grad.shape[0], of.half * of.token_tiles)
-        return self._add(grad.T, of.gradient, len(self.tiles), 2, blocks * of.token_tiles, 32)
+        blocks = _ceil(grad.shape[0], of.tokens_of_tile * of.token_tiles)
+        return self._add(grad.T, of.gradient, len(self.tiles), of.halves, blocks * of.token_tiles, of.lanes)
 
     def tokens(self, x: Tensor) -> Tensor:
-        """[T, k] as [spans * 32, T', 8], T' a multiple of a block's tokens."""
+        """[T, k] as [columns of whole spans / numbers, T', numbers], T' a multiple of a block's tokens."""
         of, (tokens, k) = self.layout, x.shape
-        block = of.half * of.token_tiles
-        return self._add(x, of.tokens, _ceil(k, of.span) * of.span // of.half, _ceil(tokens, block) * block)
+        block = of.tokens_of_tile * of.token_tiles
+        return self._add(x, of.tokens, _ceil(k, of.span) * of.span // of.numbers, _ceil(tokens, block) * block)
 
     def factors(self, factors: Factors, packing: int | None = None) -> list[Tensor]:
         a, b, p, q = _with_gate(factors)
@@ -151,8 +171,8 @@ class _Packer:
 
     def launch(self) -> None:
         """Pack what was asked for since the last launch."""
-        for first in range(0, len(self.jobs), 8):
-            to, source, packings = zip(*self.jobs[first : first + 8], strict=True)
+        for first in range(0, len(self.jobs), self.layout.jobs):
+            to, source, packings = zip(*self.jobs[first : first + self.layout.jobs], strict=True)
             torch.ops.stamina_fast.cuda_pack_(list(to), list(source), list(packings), self.tiles)
         self.jobs.clear()
 
@@ -312,16 +332,12 @@ def _factor_gradients(
 
 def _pack_tasks(packer: _Packer, tasks: Sequence[Factors], groups: int, k: int) -> list[Tensor]:
     """a, b, p and q of all tasks, each [tasks, ...] with the steps of the largest rank among them; packed at once."""
-    of, tiles = packer.layout, packer.tiles
-
-    def room(*shape: int) -> Tensor:
-        return torch.empty((len(tasks), *shape, of.half), dtype=packer.dtype, device=tiles.device)
-
-    packed = []
+    shapes = []
     for which in ("a", "p"):
-        ranks = [getattr(task, which).shape[1] for task in tasks if getattr(task, which) is not None]
-        steps = packer.steps(max(ranks, default=0))
-        packed += [room(len(tiles), 4, steps, 32), room(groups, _ceil(k, of.span), steps, 4, 4, 32)]
+        rank = max((getattr(task, which).shape[1] for task in tasks if getattr(task, which) is not None), default=0)
+        shapes += [packer.left_shape(rank), packer.right_shape(groups, rank, k)]
+    words = {"dtype": packer.dtype, "device": packer.tiles.device}
+    packed = [torch.empty((len(tasks), *shape, packer.layout.numbers), **words) for shape in shapes]
     for index, task in enumerate(tasks):
         for to, source in zip(packed, _with_gate(task), strict=True):
             (packer.left if source.ndim == 2 else packer.right)(source, to=to[index])

@@ -92,8 +92,12 @@ def test_the_layout_is_that_of_the_stream_and_of_python(emulated):
     """What Python shapes operands by, as the library was compiled."""
     layout = cuda.layout()
     assert layout.span == stream.SPAN
-    assert (layout.rows, layout.ranks, layout.half) == (64, 16, 8)
-    assert sorted(layout[5:]) == list(range(7))
+    word = layout.lanes * layout.numbers
+    assert layout.rows * layout.ranks == layout.strips * word
+    assert layout.span * layout.ranks == layout.quarters * layout.pairs * word
+    assert layout.rows * layout.tokens_of_tile == layout.halves * word
+    packings = layout[layout._fields.index("left") :]
+    assert sorted(packings) == list(range(7))
 
 
 def test_without_a_gate_and_without_a_bias(emulated):
