@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops.noise import GateNoise
-from ..pipeline.projections import STATES, check_offload, check_processors, find_projections, text_projection
+from ..pipeline.projections import STATES, find_projections
 from ..seeds import derive_seed
 from .checks import check_projections
 from .config import StaminaConfig
-from .stack import FACTORS, SEEN, Control, Stack, disabled
+from .hook import TextHook
+from .stack import FACTORS, Control, Stack, disabled
 
 
 def attach(unet_or_pipeline, config: StaminaConfig | None = None) -> Adapters:
@@ -60,53 +61,16 @@ class Adapters:
         self.tasks: dict[str, dict[str, Tensor]] = {}
         self.folded: list[str] = []
         self._control = Control(tau=config.tau_start)
-        self._index = list(inspect.signature(type(unet).forward).parameters).index(STATES) - 1
         kinds: dict[tuple, dict[str, nn.Linear]] = {}
         for name, slot in slots.items():
             kinds.setdefault((slot.weight.shape[1], slot.weight.dtype, slot.weight.device), {})[name] = slot
         self.stacks = nn.ModuleList(Stack(group, config, self._control, i) for i, group in enumerate(kinds.values()))
-        self._attentions = [module for module in unet.modules() if hasattr(module, "processor")]
-        self._handles = [unet.register_forward_pre_hook(self._before, with_kwargs=True)]
-        projection = text_projection(unet)
-        self._projected = projection is not None
-        if self._projected:
-            self._handles.append(projection.register_forward_hook(lambda module, args, states: self._hand_on(states)))
+        self._hook = TextHook(unet, self.stacks)
         if hasattr(unet, "save_pretrained"):
             unet.save_pretrained = self._guarded(unet.save_pretrained)
         self.reset_(derive_seed(config.seed, "factors", 0))
 
-    # the forward
-
-    def _before(self, unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        check_processors(self._attentions)
-        compiling = torch.compiler.is_compiling()
-        if not compiling:
-            check_offload(unet)
-        for stack in self.stacks:
-            # a compiled forward cannot look at addresses; the projections lower the flag when they are moved or loaded
-            if not (compiling and stack.tied):
-                stack.refresh()
-        if not self._projected:
-            if STATES in kwargs:
-                kwargs = kwargs | {STATES: self._hand_on(kwargs[STATES])}
-            elif len(args) > self._index:
-                args = (*args[: self._index], self._hand_on(args[self._index]), *args[self._index + 1 :])
-        return args, kwargs
-
-    def _hand_on(self, states):
-        """The same text states as a tensor of this forward alone, which carries what each stack makes of them.
-
-        Two forwards before one backward, or a block computed again by gradient checkpointing, each find their own
-        result. States in a tuple (text first, then image prompts) are handed on as a tuple.
-        """
-        if isinstance(states, tuple | list):
-            return type(states)([self._hand_on(states[0]), *states[1:]]) if states else states
-        if states is None:
-            return None
-        own = states.view_as(states)
-        fits = [s for s in self.stacks if s.weight.shape[1] == states.shape[-1] and s.weight.device == states.device]
-        setattr(own, SEEN, {stack: stack.shares(states) for stack in fits})
-        return own
+    # what is in force in a forward
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
@@ -303,8 +267,7 @@ class Adapters:
         """
         if self.unet is None:
             return
-        for handle in self._handles:
-            handle.remove()
+        self._hook.remove()
         self.unet.__dict__.pop("save_pretrained", None)
         for stack in self.stacks:
             stack.release()

@@ -81,7 +81,7 @@ def test_the_straight_through_gradient_passes_the_split():
     adapters.noise = NOISE
     _, _, states = inputs()
     attentions = [name.removesuffix(".to_k") for name in adapters.stacks[0].names if name.endswith(".to_k")]
-    own = adapters._hand_on(states)
+    own = adapters._hook.hand_on(states)
     slots = [model.get_submodule(f"{name}.{kind}") for name in attentions for kind in ("to_k", "to_v")]
     sum(slot(own).square().sum() for slot in slots).backward()
     split = gradients(adapters)

@@ -1,0 +1,66 @@
+"""What happens at the start of a U-Net's forward: all projections of the text states are computed by one call."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from ..pipeline.projections import STATES, check_offload, check_processors, text_projection
+from .stack import SEEN
+
+
+class TextHook:
+    """Computes what every stack makes of the text states of a forward, and hands the states on with it.
+
+    It sits before the U-Net's forward. If the U-Net projects the text states itself (`text_projection`), then only the
+    output of that module reaches the projections, and the hook computes there.
+    """
+
+    def __init__(self, unet: nn.Module, stacks: nn.ModuleList):
+        self.stacks = stacks
+        self.attentions = [module for module in unet.modules() if hasattr(module, "processor")]
+        # the place of the states among positional arguments, self not counted
+        self.position = list(inspect.signature(type(unet).forward).parameters).index(STATES) - 1
+        self.handles = [unet.register_forward_pre_hook(self.before, with_kwargs=True)]
+        inner = text_projection(unet)
+        self.after_inner = inner is not None
+        if self.after_inner:
+            self.handles.append(inner.register_forward_hook(lambda module, args, states: self.hand_on(states)))
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def before(self, unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of the U-Net's forward, after a check that nothing in it would drop the residuals."""
+        check_processors(self.attentions)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            check_offload(unet)
+        for stack in self.stacks:
+            # a compiled forward cannot look at addresses; the projections lower the flag when they are moved or loaded
+            if not (compiling and stack.tied):
+                stack.refresh()
+        if not self.after_inner:
+            if STATES in kwargs:
+                kwargs = kwargs | {STATES: self.hand_on(kwargs[STATES])}
+            elif len(args) > self.position:
+                args = (*args[: self.position], self.hand_on(args[self.position]), *args[self.position + 1 :])
+        return args, kwargs
+
+    def hand_on(self, states: Tensor | tuple | list | None):
+        """The same text states as a tensor of this forward alone, which carries the outputs of all projections.
+
+        Two forwards before one backward, or a block that gradient checkpointing computes again, each find their own
+        outputs. Of a tuple (text first, then image prompts) only the text is projected here.
+        """
+        if isinstance(states, tuple | list):
+            return type(states)([self.hand_on(states[0]), *states[1:]]) if states else states
+        if states is None:
+            return None
+        own = states.view_as(states)
+        fits = [s for s in self.stacks if s.weight.shape[1] == states.shape[-1] and s.weight.device == states.device]
+        setattr(own, SEEN, {stack: stack.shares(states) for stack in fits})
+        return own
