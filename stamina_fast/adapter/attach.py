@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from ..ops.noise import GateNoise
+from ..pipeline.load import freeze, modules_of, unfreeze
 from ..pipeline.projections import STATES, find_projections
 from ..seeds import derive_seed
 from .checks import check_projections
@@ -23,8 +24,12 @@ from .stack import FACTORS, Control, Stack, disabled
 def attach(unet_or_pipeline, config: StaminaConfig | None = None) -> Adapters:
     """Put masked low-rank residuals on every text K/V projection of a diffusers U-Net, or of a pipeline's.
 
-    A pipeline also gets its concept token (`adapters.tokens`). A·B = 0, so that the model's function is unchanged. The
-    projections stay modules of the same names and state-dict keys; `adapters.detach()` restores them.
+    A pipeline also gets its concept token (`adapters.tokens`). A·B = 0 at first, so the model's function is unchanged.
+    The projections stay modules of the same names and state-dict keys.
+
+    Every parameter of the model is frozen: of the U-Net, and of the VAE and text encoders of a pipeline. Gradients still
+    pass through the text encoders to the token. `adapters.detach()` makes the modules plain again, and trainable again
+    what was trainable before.
 
     Raises InputError, a ValueError: no cross-attention, adapters or other layers already on the projections, a rank above
     the smallest width, an offloaded or fused model.
@@ -45,22 +50,25 @@ def attach(unet_or_pipeline, config: StaminaConfig | None = None) -> Adapters:
 
         tokens = TokenBank(pipeline, config, mlp=config.token_mlp, init=config.token_init)
     with torch.inference_mode(False):
-        return Adapters(unet, slots, config, tokens)
+        return Adapters(unet, slots, config, tokens, [unet] if pipeline is None else modules_of(pipeline))
 
 
 class Adapters:
     """The residuals of one U-Net: the current task's trainable factors, and the tasks folded so far.
+
+    `attach` makes them. frozen: the modules whose parameters get no gradient until `detach`.
 
     config: the options. stacks: one `Stack` per width, dtype and device. tokens: the pipeline's token bank, or None.
     tasks: by name, in the order they were registered, the deterministic factors exactly as folded, on the CPU:
     "stacks.I.a", ".b", ".p", ".q", ".gate_bias". folded: the names of the tasks that the weights hold now, in order.
     """
 
-    def __init__(self, unet: nn.Module, slots: Mapping[str, nn.Linear], config: StaminaConfig, tokens=None):
+    def __init__(self, unet: nn.Module, slots: Mapping[str, nn.Linear], config: StaminaConfig, tokens, frozen: list[nn.Module]):
         self.config, self.unet, self.tokens = config, unet, tokens
         self.tasks: dict[str, dict[str, Tensor]] = {}
         self.folded: list[str] = []
         self._control = Control(tau=config.tau_start)
+        self._flags = freeze(frozen)
         kinds: dict[tuple, dict[str, nn.Linear]] = {}
         for name, slot in slots.items():
             kinds.setdefault((slot.weight.shape[1], slot.weight.dtype, slot.weight.device), {})[name] = slot
@@ -263,7 +271,8 @@ class Adapters:
     def detach(self) -> None:
         """Make the U-Net plain again: what is folded stays, in weights and tokens, and unfolded factors are dropped.
 
-        Without a fold the weights have the bits they had before attach. The adapters cannot be used afterwards.
+        Without a fold the weights have the bits that they had before attach. Every parameter of the model gets back the
+        requires_grad that it had then. The adapters cannot be used afterwards.
         """
         if self.unet is None:
             return
@@ -273,6 +282,7 @@ class Adapters:
             stack.release()
         if self.tokens is not None:
             self.tokens.detach()
+        unfreeze(self._flags)
         self.unet = None
 
     def _check_new(self, task: str) -> None:

@@ -67,9 +67,11 @@ def in_backward() -> bool:
 class Stack(nn.Module):
     """The matrix W [N, k] of G projections in order, its base W_0, its fp32 master, and the factors of the current task.
 
-    weight [N, k] is the memory of the U-Net's own parameters. base is W_0 in the weight's dtype at attach. master is
-    W_0 plus all folds in fp32 (fp64 for fp64); it exists from the first fold on. Parameters: a [N, r], b [G, r, k], and
-    the mask's; fp32 (fp64 for fp64), the same objects for good.
+    weight [N, k] is the memory of the U-Net's own parameters, which are frozen before a stack is made.
+    base is W_0, in the weight's dtype at attach. master is W_0 plus all folds in fp32 (fp64 for fp64), from the first
+    fold on. sizes are the rows of each projection, summing to N.
+    Parameters: a [N, r], b [G, r, k], and those of the mask, in fp32 (fp64 for fp64). These Parameter objects are never
+    replaced, only their data.
     """
 
     def __init__(self, slots: Mapping[str, nn.Linear], config: StaminaConfig, control: Control, index: int):
@@ -91,18 +93,15 @@ class Stack(nn.Module):
             self.mask = masks.LearnedMask(self.sizes, k, config, device, dtype, index)
         elif config.mask == "random-low-rank":
             self.mask = masks.RandomMask(self.sizes, k, config, device, dtype, self.base.dtype)
-        self._frozen = [slot.weight.requires_grad for slot in self.slots]
         for position, slot in enumerate(self.slots):
             slot.__class__ = StackedLinear
             slot.place = (self, position)
-            slot.weight.requires_grad_(False)
         self._tie(self.base.clone())
 
     def release(self) -> None:
         """Give the U-Net its plain modules back, each weight with a memory of its own and the bits in force."""
-        for slot, trained in zip(self.slots, self._frozen, strict=True):
+        for slot in self.slots:
             slot.weight.data = slot.weight.data.clone()
-            slot.weight.requires_grad_(trained)
             del slot.place
             slot.__class__ = nn.Linear
 

@@ -1,13 +1,15 @@
-"""A Stable Diffusion pipeline from files, checked; its fingerprint; and its modules frozen for a while."""
+"""A Stable Diffusion pipeline: loaded from files and checked, its fingerprint, and its parameters frozen for a while."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from ..errors import InputError
 
@@ -15,6 +17,9 @@ TINY = "tiny"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer")
 # values of each tensor that a fingerprint reads
 SAMPLES = 64
+
+# (module, name of its parameter, requires_grad)
+Flags = list[tuple[nn.Module, str, bool]]
 
 
 def load_pipeline(model, device=None, dtype: torch.dtype | None = None):
@@ -116,21 +121,45 @@ def resolution_of(pipeline) -> int:
     return (size if isinstance(size, int) else min(size)) * pipeline.vae_scale_factor
 
 
+def modules_of(pipeline) -> list[nn.Module]:
+    """The networks of a pipeline: U-Net, VAE, text encoders, and what else it has."""
+    # what only looks like a diffusers pipeline has its parts as attributes
+    parts = getattr(pipeline, "components", None) or vars(pipeline)
+    return [part for part in parts.values() if isinstance(part, nn.Module)]
+
+
+def freeze(modules: Iterable[nn.Module]) -> Flags:
+    """Stop gradients to every parameter of these modules. Returns the flags as they were, for `unfreeze`."""
+    parts = [part for module in modules for part in module.modules()]
+    flags = [(part, name, p.requires_grad) for part in parts for name, p in part.named_parameters(recurse=False)]
+    unfreeze((part, name, False) for part, name, _ in flags)
+    return flags
+
+
+def unfreeze(flags: Iterable[tuple[nn.Module, str, bool]]) -> None:
+    """Set these flags. Parameters are found by name, since loading or growing a table puts new ones in their place."""
+    for part, name, trainable in flags:
+        parameter = part._parameters.get(name)
+        if parameter is not None and parameter.requires_grad != trainable:
+            # an inference tensor takes a flag only in the mode that made it
+            with torch.inference_mode(parameter.is_inference()):
+                parameter.requires_grad_(trainable)
+
+
 @contextlib.contextmanager
 def frozen(pipeline):
-    """Every module in inference mode of its layers and without gradients, as it was afterwards."""
-    modules = [m for m in pipeline.components.values() if isinstance(m, torch.nn.Module)]
-    flags = [(p, p.requires_grad) for m in modules for p in m.parameters()]
-    modes = [(m, m.training) for m in modules]
+    """Freeze every module of a pipeline and put its layers in eval mode. Both are as before when the block ends."""
+    modules = modules_of(pipeline)
+    modes = [(part, part.training) for module in modules for part in module.modules()]
+    flags = freeze(modules)
     try:
         for module in modules:
-            module.requires_grad_(False).eval()
+            module.eval()
         yield
     finally:
-        for p, flag in flags:
-            p.requires_grad_(flag)
-        for module, mode in modes:
-            module.train(mode)
+        unfreeze(flags)
+        for part, mode in modes:
+            part.training = mode
 
 
 def fingerprint(pipeline) -> str:
