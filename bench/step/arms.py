@@ -249,4 +249,4 @@ class Ours(Arm):
                   (torch.Tensor, "backward", phases.timed(BACK_UNET, torch.Tensor.backward))]
         if self.backend is None:
             return found + super().wraps()
-        return found + [(stack, "shares", phases.projection(stack.shares)) for stack in self.trainer.adapters.stacks]
+        return found + [(stack, "project_all", phases.projection(stack.project_all)) for stack in self.trainer.adapters.stacks]

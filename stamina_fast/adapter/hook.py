@@ -62,5 +62,5 @@ class TextHook:
             return None
         own = states.view_as(states)
         fits = [s for s in self.stacks if s.weight.shape[1] == states.shape[-1] and s.weight.device == states.device]
-        setattr(own, SEEN, {stack: stack.shares(states) for stack in fits})
+        setattr(own, SEEN, {stack: stack.project_all(states) for stack in fits})
         return own

@@ -26,14 +26,14 @@ class MaskMLP(nn.Module):
     Everything is `dtype`, fp32 or fp64, also under autocast: a logit is never half.
     """
 
-    def __init__(self, sizes: tuple[int, ...], config: StaminaConfig, device: torch.device, dtype: torch.dtype, index: int):
+    def __init__(self, sizes: tuple[int, ...], config: StaminaConfig, device: torch.device, dtype: torch.dtype, number: int):
         super().__init__()
-        groups, rows = (1, sum(sizes)) if config.mlp_sharing == "stack" else (len(sizes), max(sizes))
+        groups, height = (1, sum(sizes)) if config.mlp_sharing == "stack" else (len(sizes), max(sizes))
         self.activation, self.gain = ACTIVATIONS[config.mlp_activation]
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, "codes", index))
-        codes = torch.randn(groups, rows, config.code_width, generator=generator)
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, "codes", number))
+        codes = torch.randn(groups, height, config.code_width, generator=generator)
         self.register_buffer("codes", codes.to(device, dtype))
-        kept = torch.cat([torch.arange(n) + g * rows for g, n in enumerate(sizes)]) if groups > 1 else None
+        kept = torch.cat([torch.arange(n) + g * height for g, n in enumerate(sizes)]) if groups > 1 else None
         self.register_buffer("kept", None if kept is None else kept.to(device), persistent=False)
         widths = [config.code_width, *[config.mlp_width] * config.mlp_depth, config.gate_rank]
         shapes = list(itertools.pairwise(widths))
@@ -55,17 +55,17 @@ class MaskMLP(nn.Module):
         with exact:
             for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
                 hidden = torch.baddbmm(bias, self.activation(hidden) if layer else hidden, weight)
-        rows = hidden.flatten(0, 1)
-        return rows if self.kept is None else rows.index_select(0, self.kept)
+        p = hidden.flatten(0, 1)
+        return p if self.kept is None else p.index_select(0, self.kept)
 
 
 class LearnedMask(nn.Module):
     """L = P Q + c with P = MLP(E) [N, s], Q [G, s, k] and c [G] trained."""
 
-    def __init__(self, sizes, k: int, config: StaminaConfig, device: torch.device, dtype: torch.dtype, index: int):
+    def __init__(self, sizes, k: int, config: StaminaConfig, device: torch.device, dtype: torch.dtype, number: int):
         super().__init__()
         self.config = config
-        self.mlp = MaskMLP(sizes, config, device, dtype, index)
+        self.mlp = MaskMLP(sizes, config, device, dtype, number)
         self.q = nn.Parameter(torch.empty(len(sizes), config.gate_rank, k, device=device, dtype=dtype))
         self.gate_bias = nn.Parameter(torch.empty(len(sizes), device=device, dtype=dtype))
 

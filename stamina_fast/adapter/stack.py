@@ -15,7 +15,7 @@ from ..ops.reference import compute_dtype
 from . import masks
 from .config import StaminaConfig
 
-# attribute of the text states that a U-Net's hook hands on: {stack: the projections' shares, or None while disabled}
+# attribute of the text states that a TextHook hands on: {stack: the outputs of its projections, or None while disabled}
 SEEN = "_stamina_seen"
 FACTORS = ("a", "b", "p", "q", "gate_bias")
 
@@ -24,7 +24,7 @@ FACTORS = ("a", "b", "p", "q", "gate_bias")
 class Control:
     """What every stack of a U-Net obeys: the noise and temperature of the gate, and whether the residual is added.
 
-    penalties: None, or where each stack leaves its (sparsity, forgetting) when it next makes its shares.
+    penalties: None, or where each stack puts its (sparsity, forgetting) at its next `project_all`.
     """
 
     noise: GateNoise | None = None
@@ -54,7 +54,7 @@ class StackedLinear(nn.Linear):
 
     def __reduce_ex__(self, protocol):
         raise RuntimeError(
-            "a U-Net with adapters cannot be copied or pickled: its weights are views of a shared matrix; "
+            "a U-Net with adapters cannot be copied or pickled: its weights are views of one matrix; "
             "call adapters.detach() first, and attach again"
         )
 
@@ -74,9 +74,9 @@ class Stack(nn.Module):
     replaced, only their data.
     """
 
-    def __init__(self, slots: Mapping[str, nn.Linear], config: StaminaConfig, control: Control, index: int):
+    def __init__(self, slots: Mapping[str, nn.Linear], config: StaminaConfig, control: Control, number: int):
         super().__init__()
-        self.config, self.control, self.index = config, control, index
+        self.config, self.control = config, control
         self.names, self.slots = tuple(slots), list(slots.values())
         self.sizes = tuple(slot.weight.shape[0] for slot in self.slots)
         self.base = torch.cat([slot.weight.detach() for slot in self.slots])
@@ -90,12 +90,12 @@ class Stack(nn.Module):
         self.b = nn.Parameter(torch.empty(len(self.sizes), config.rank, k, device=device, dtype=dtype))
         self.mask = None
         if config.mask == "learned-low-rank":
-            self.mask = masks.LearnedMask(self.sizes, k, config, device, dtype, index)
+            self.mask = masks.LearnedMask(self.sizes, k, config, device, dtype, number)
         elif config.mask == "random-low-rank":
             self.mask = masks.RandomMask(self.sizes, k, config, device, dtype, self.base.dtype)
-        for position, slot in enumerate(self.slots):
+        for index, slot in enumerate(self.slots):
             slot.__class__ = StackedLinear
-            slot.place = (self, position)
+            slot.place = (self, index)
         self._tie(self.base.clone())
 
     def release(self) -> None:
@@ -178,7 +178,7 @@ class Stack(nn.Module):
             "tau": self.control.tau, "names": self.names,
         }
 
-    def shares(self, x: Tensor) -> tuple[Tensor, ...] | None:
+    def project_all(self, x: Tensor) -> tuple[Tensor, ...] | None:
         """The output of every projection for x [..., k], by one operator call; None while disabled."""
         if not self.control.enabled:
             return None
@@ -196,7 +196,7 @@ class Stack(nn.Module):
     def project(self, x: Tensor, index: int) -> Tensor | None:
         """Projection `index` of x, without bias; None where the plain product is wanted.
 
-        Text states that the U-Net's hook saw carry the shares computed then, with the noise of that forward, however
+        Text states that the U-Net's hook saw carry the outputs computed then, with the noise of that forward, however
         many forwards ago. Any other tensor is computed here: the whole stack where the mask is sampled, since the
         noise belongs to rows of the stack. Within backward that would take the noise of another time, and is refused.
         """
@@ -214,7 +214,7 @@ class Stack(nn.Module):
             return None
         arguments = self.arguments()
         if arguments["noise"] is not None:
-            return self.shares(x)[index]
+            return self.project_all(x)[index]
         rows = self.rows(index)
         return functional.masked_linear(
             x, self.weight[rows], **one_projection(arguments, rows, index), tau=arguments["tau"],

@@ -30,10 +30,10 @@ class TokenMLP(nn.Module):
 
     def __init__(self, width_in: int, width: int, depth: int, d: int, scale: float):
         super().__init__()
-        sizes = [width_in, *[width] * depth, d]
+        widths = [width_in, *[width] * depth, d]
         self.scale = scale
-        self.weights = nn.ParameterList(torch.zeros(n, k) for k, n in itertools.pairwise(sizes))
-        self.biases = nn.ParameterList(torch.zeros(n) for n in sizes[1:])
+        self.weights = nn.ParameterList(torch.zeros(n, k) for k, n in itertools.pairwise(widths))
+        self.biases = nn.ParameterList(torch.zeros(n) for n in widths[1:])
         self.register_buffer("code", torch.zeros(width_in))
 
     def forward(self) -> Tensor:
@@ -179,8 +179,8 @@ class TokenBank(nn.Module):
         for name, word in self._words.items():
             d = word.embedding.embedding_dim
             if mlp:
-                sizes = config.token_input_width, config.token_width, config.token_depth, d
-                maker = TokenMLP(*sizes, scale=word.norm / math.sqrt(d))
+                shape = config.token_input_width, config.token_width, config.token_depth, d
+                maker = TokenMLP(*shape, scale=word.norm / math.sqrt(d))
             else:
                 maker = TokenRow(d)
             self.makers[name] = maker.to(word.table.device)

@@ -62,7 +62,7 @@ def test_several_stacks_each_leave_their_own():
     assert len(adapters.stacks) == 2
     with adapters.penalised() as penalties:
         for stack in adapters.stacks:
-            stack.shares(torch.zeros(1, 2, WIDTH, dtype=stack.weight.dtype))
+            stack.project_all(torch.zeros(1, 2, WIDTH, dtype=stack.weight.dtype))
     before = calls("gate_penalties")
     fused, alone = penalties(), adapters.penalties()
     assert calls("gate_penalties") == before + 2
