@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..errors import InputError
 from ..io.files import make_folder
-from ..io.images import list_images, load_image, open_image, square, to_picture, write_image
+from ..io.images import crop, list_images, load_image, open_image, to_picture, write_image
 from ..io.names import inside, safe_name
 from ..io.run import Run
 
@@ -52,4 +52,4 @@ def _squares(folder: Path, name: str, size: int) -> list[Image.Image]:
     if len(images) < 2:
         raise InputError(f"{str(folder)!r} must hold at least two real pictures of {name!r}, got {len(images)}; "
                          "put some there, or give another folder with one folder of pictures for each concept")
-    return [to_picture(square(load_image(path), size)) for path in images]
+    return [to_picture(crop(load_image(path), size)[0]) for path in images]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import FileError, InputError
 from .files import clear_errors, parse_json, read_bytes, read_json
-from .images import SUFFIXES, list_images, open_image
+from .images import SUFFIXES, list_images
 from .names import check_distinct, check_name, inside, token_for
 
 PROMPT = "a photo of {token}"
@@ -64,13 +64,13 @@ class Concept:
 
 
 def load_concepts(source: Path) -> list[Concept]:
-    """The concepts of a folder or of a concepts_list.json, in the order to be learnt; every picture is readable.
+    """The concepts of a folder or of a concepts_list.json, in the order to be learnt.
 
     A folder holds one folder of pictures a concept (by name), or the pictures of a single concept; the prompt is then
     'a photo of <name>'. concepts_list.json is a list of objects with "instance_data_dir" and "instance_prompt", whose token
     stands in angle brackets or is given as "token"; "class_prompt", "class_data_dir" (pictures for prior preservation) and
     "name" are optional, and relative folders start at the file. Captions are FILE.txt beside FILE.jpg, or "text" beside
-    "file_name" in metadata.jsonl.
+    "file_name" in metadata.jsonl. No picture is opened here: `images.check_image` checks one.
     Raises InputError or FileError that name the file, the folder or the entry.
     """
     source = Path(source)
@@ -79,9 +79,6 @@ def load_concepts(source: Path) -> list[Concept]:
     concepts = _from_folder(source) if source.is_dir() else _from_list(source)
     check_distinct("concept's name", [c.name for c in concepts])
     check_distinct("concept's token", [c.token for c in concepts])
-    for concept in concepts:
-        for image in (*concept.images, *concept.class_images):
-            open_image(image, draft=64)
     return concepts
 
 

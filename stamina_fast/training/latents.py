@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import FileError
 from ..io.files import make_folder, read_tensors, sha256, write_tensors
+from ..io.images import crop
 from ..seeds import derive_seed
 from .ranks import digest
 
@@ -51,25 +51,6 @@ class LatentBank:
     def draw(self, index: Tensor, noise: Tensor) -> Tensor:
         """Latents [batch, c, h, w] of the variants `index` [batch] int64, z = mean + deviation * noise, scaled."""
         return (self.mean[index] + self.deviation[index] * noise - self.shift) * self.scale
-
-
-def crop(image: Tensor, size: int | tuple[int, int], share: float, position: tuple[float, float],
-         flip: bool) -> tuple[Tensor, Tensor]:
-    """A part of a picture, each side `share` of the largest such part's, as [3, h, w], and its frame (`LatentBank.frames`).
-
-    image [3, H, W] in [-1, 1]; size: (h, w), or the side of a square; position: where the part lies, (0, 0) top left and
-    (1, 1) bottom right.
-    """
-    height, width = image.shape[1:]
-    h, w = (size, size) if isinstance(size, int) else size
-    rows, columns = (max(1, round(side * share)) for side in (min(height, width * h / w), min(width, height * w / h)))
-    top, left = round((height - rows) * position[0]), round((width - columns) * position[1])
-    part = image[None, :, top : top + rows, left : left + columns].float()
-    if (rows, columns) != (h, w):
-        part = F.interpolate(part, (h, w), mode="bicubic", antialias=True, align_corners=False).clamp(-1, 1)
-    down, across = h / rows, w / columns
-    frame = torch.tensor([height * down, width * across, top * down, left * across]).round()
-    return (part.flip(-1) if flip else part)[0], frame
 
 
 def variants(images: list[Tensor], size: int | tuple[int, int], count: int, least: float, flip: bool, seed: int):

@@ -1,5 +1,7 @@
 """Pictures: what is read is what is seen, and a bad file is one clear error that names it."""
 
+import contextlib
+import io
 import random
 import struct
 import zlib
@@ -10,7 +12,18 @@ import torch
 from PIL import Image
 
 from stamina_fast.errors import FileError, InputError, StaminaError
-from stamina_fast.io.images import MAX_PIXELS, list_images, load_image, open_image, square, to_picture, to_tensor, write_image
+from stamina_fast.io.files import sha256
+from stamina_fast.io.images import (
+    MAX_PIXELS,
+    as_floats,
+    check_image,
+    crop,
+    list_images,
+    load_image,
+    open_image,
+    to_picture,
+    write_image,
+)
 
 SIDE = 24
 
@@ -18,6 +31,11 @@ SIDE = 24
 def picture(mode="RGB", size=(SIDE, SIDE + 8)):
     pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
+
+
+def pixels_of(image):
+    """uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def png_of(width, height):
@@ -35,12 +53,14 @@ def test_pictures_of_each_format(tmp_path, kind):
     picture().save(path, **({"lossless": True} if kind == "webp" else {}))
     image = load_image(path)
     assert image.shape == (3, SIDE + 8, SIDE)
-    assert image.dtype == torch.float32
-    assert image.min() >= -1
-    assert image.max() <= 1
+    assert image.dtype == torch.uint8
+    floats = as_floats(image)
+    assert floats.dtype == torch.float32
+    assert floats.min() >= -1
+    assert floats.max() <= 1
     if kind not in ("jpg", "gif"):
-        assert torch.equal(image, to_tensor(picture()))
-        assert to_picture(image).tobytes() == picture().tobytes()
+        assert torch.equal(image, pixels_of(picture()))
+        assert to_picture(floats).tobytes() == picture().tobytes()
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "LA", "RGBA", "I;16"])
@@ -83,10 +103,33 @@ BAD = {
 def test_bad_files_are_named(tmp_path, name):
     path = tmp_path / name
     path.write_bytes(BAD[name])
-    with pytest.raises(InputError) as caught:
-        load_image(path)
-    assert name in str(caught.value)
-    assert "\n" not in str(caught.value)
+    for read in (load_image, *([] if name == "lines.png" else [check_image])):
+        with pytest.raises(InputError) as caught:
+            read(path)
+        assert name in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "tiff", "webp", "jpg", "gif"])
+@pytest.mark.parametrize("keep", [1.0, 0.95, 0.5])
+def test_a_cut_off_png_or_jpeg_is_found_without_decoding(tmp_path, monkeypatch, kind, keep):
+    """With a thumbnail in front, which ends as a JPEG does."""
+    thumbnail = io.BytesIO()
+    picture("RGB", (16, 16)).save(thumbnail, "JPEG")
+    exif = Image.Exif()
+    # the maker's note, of any bytes
+    exif[0x927C] = thumbnail.getvalue()
+    path = tmp_path / f"x.{kind}"
+    picture("RGB", (200, 160)).save(path, **({"exif": exif} if kind in ("jpg", "png", "webp") else {}))
+    data = path.read_bytes()
+    assert kind != "jpg" or thumbnail.getvalue() in data
+    path.write_bytes(data[: int(len(data) * keep)])
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    if keep < 1 and kind in ("png", "jpg"):
+        with pytest.raises(InputError, match=rf"x\.{kind}.*truncated|x\.{kind}.*broken|x\.{kind}.*Truncated"):
+            check_image(path)
+    elif keep == 1:
+        assert check_image(path) == sha256(data)
 
 
 def test_nothing_is_decoded_above_the_cap(tmp_path, monkeypatch):
@@ -130,6 +173,8 @@ def test_a_thousand_bad_files(tmp_path):
             data[rng.randrange(min(len(data), 200))] = rng.randrange(256)
         cut = rng.randrange(len(data))
         path.write_bytes(rng.choice([data, data[:cut], data[:cut] + rng.choice(good)]))
+        with contextlib.suppress(StaminaError):
+            check_image(path)
         try:
             image = load_image(path)
             assert image.shape[0] == 3
@@ -150,20 +195,24 @@ def test_listing(tmp_path):
         list_images(tmp_path / "missing")
 
 
-def test_squares():
-    image = to_tensor(picture("RGB", (30, 20)))
-    assert torch.equal(square(image, 20), image[:, :, 5:25])
-    assert torch.equal(square(image, 20, (0, 0)), image[:, :, :20])
-    assert torch.equal(square(image, 20, (1, 1), flip=True), image[:, :, 10:].flip(-1))
-    small = square(image, 8)
+def test_crops():
+    image = pixels_of(picture("RGB", (30, 20)))
+    floats = as_floats(image)
+    for given in (image, floats):
+        assert torch.equal(crop(given, 20)[0], floats[:, :, 5:25])
+        assert torch.equal(crop(given, 20, position=(0, 0))[0], floats[:, :, :20])
+        assert torch.equal(crop(given, 20, position=(1, 1), flip=True)[0], floats[:, :, 10:].flip(-1))
+    small, frame = crop(image, 8)
     assert small.shape == (3, 8, 8)
     assert small.abs().max() <= 1
-    assert abs(small.mean() - image[:, :, 5:25].mean()) < 0.02
+    assert abs(small.mean() - floats[:, :, 5:25].mean()) < 0.02
+    assert frame.tolist() == [8, 12, 0, 2]
+    assert torch.equal(crop(floats, 8)[0], small)
 
 
 def test_written_pictures_are_read_again(tmp_path):
-    image = to_tensor(picture())
-    write_image(tmp_path / "x.png", image)
+    image = pixels_of(picture())
+    write_image(tmp_path / "x.png", as_floats(image))
     write_image(tmp_path / "y.png", picture())
     assert torch.equal(load_image(tmp_path / "x.png"), image)
     assert torch.equal(load_image(tmp_path / "y.png"), image)

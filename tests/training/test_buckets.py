@@ -10,10 +10,9 @@ from tinyruns import assert_same, killed_after, run, tensors
 
 from stamina_fast.errors import InputError
 from stamina_fast.io.concepts import Concept
-from stamina_fast.io.images import write_image
+from stamina_fast.io.images import crop, write_image
 from stamina_fast.training import loop
 from stamina_fast.training.buckets import Buckets, in_buckets, shapes
-from stamina_fast.training.latents import crop
 from stamina_fast.training.step import Feed
 
 # pixels of a picture, and the shape that it gets with sides in multiples of 32 and about 96 x 96 pixels

@@ -10,10 +10,11 @@ from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import nn
 
 from stamina_fast.errors import InputError
+from stamina_fast.io.images import crop
 from stamina_fast.seeds import derive_seed
 from stamina_fast.training.diffusion import Diffusion
 from stamina_fast.training.flat import ALIGN, Flat, Optimizer
-from stamina_fast.training.latents import crop, encode, variants
+from stamina_fast.training.latents import encode, variants
 from stamina_fast.training.options import TrainOptions
 
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from tinyruns import NAMES, SMALL, assert_same, run, tensors, write_concepts
 
 from stamina_fast.adapter.attach import Adapters
 from stamina_fast.errors import FileError, InputError
-from stamina_fast.io.images import load_image, write_image
+from stamina_fast.io.images import as_floats, load_image, write_image
 from stamina_fast.io.run import Run
 from stamina_fast.training import TrainOptions, loop
 from stamina_fast.training.buckets import Buckets
@@ -62,7 +62,7 @@ def shaped(tmp_path_factory):
     """The same with one more picture each, that is twice as wide as high."""
     folder = write_concepts(tmp_path_factory.mktemp("shaped"), 2)
     for name in NAMES[:2]:
-        write_image(folder / name / "wide.png", load_image(folder / name / "0.png").repeat(1, 1, 2))
+        write_image(folder / name / "wide.png", as_floats(load_image(folder / name / "0.png")).repeat(1, 1, 2))
     return folder
 
 
