@@ -23,9 +23,10 @@ from stamina_fast.io.concepts import Concept
 from stamina_fast.seeds import derive_seed
 from stamina_fast.training import TrainOptions
 from stamina_fast.training.capture import Captured, recorder
+from stamina_fast.training.data import Feed
 from stamina_fast.training.latents import LatentBank, encode, variants
-from stamina_fast.training.loop import Trainer, settings
-from stamina_fast.training.step import Feed
+from stamina_fast.training.loop import Trainer
+from stamina_fast.training.methods import settings
 from stamina_fast.training.unet import prepared, stepping
 
 from .models import Model
@@ -196,7 +197,7 @@ class Ours(Arm):
         bank = self.lesson.bank
         self.train = trainer.prepare(bank.mean.shape[1:], [part.shape[1] for part in ids])
         self.captured = Captured(self.train, recorder(self.wanted, trainer.device), tasks=1)
-        self.feed = Feed(self.train.buffers, bank, ids, self.case.pixels, trainer.diffusion.steps, derive_seed(SEED, "feed"))
+        self.feed = Feed(bank, ids, self.case.pixels, trainer.diffusion.steps, derive_seed(SEED, "feed"))
         self.open.enter_context(stepping(self.pipeline.unet, options))
         self.open.enter_context(self.captured.tables.held())
 
@@ -219,7 +220,7 @@ class Ours(Arm):
             if index == 0:
                 self.captured.begin_(derive_seed(SEED, "gate"))
             with self.phases(DRAWS):
-                self.feed.fill_(index)
+                self.feed.fill_(train.buffers, index)
                 train.buffers.tau.fill_(self.trainer.config.tau(index / max(1, options.steps - 1)))
                 train.optimizer.set_rate_(options.rate(index))
             # marks and counts are of the launches that a graph replays

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from stamina_fast.seeds import derive_seed
 from stamina_fast.training.backbone import Backbone
-from stamina_fast.training.step import Buffers, Feed
+from stamina_fast.training.data import Feed
+from stamina_fast.training.step import Buffers
 
 from .arms import PICTURES, SEED, TOKEN, WORD, Arm
 from .phases import BACK_TEXT, BACK_UNET, DRAWS, LATENTS, LOSS, OPTIMIZER, TEXT, UNET, Mark
@@ -32,9 +33,10 @@ class Script(Arm):
         backbone = Backbone(pipeline)
         ids = backbone.tokenise([f"a photo of {self.word}"] * PICTURES)
         self.ids = [part[: case.batch].to(case.device) for part in ids]
-        buffers = Buffers.empty(case.batch, bank.mean.shape[1:], [part.shape[1] for part in ids], torch.device(case.device))
+        lengths, device = [part.shape[1] for part in ids], torch.device(case.device)
+        self.buffers = Buffers.empty(case.batch, bank.mean.shape[1:], lengths, device)
         steps = self.scheduler.config.num_train_timesteps
-        self.feed = Feed(buffers, bank, ids, case.pixels, steps, derive_seed(SEED, "feed"))
+        self.feed = Feed(bank, ids, case.pixels, steps, derive_seed(SEED, "feed"))
         self.optimizer = torch.optim.AdamW(self.trained, lr=self.learning_rate, betas=(0.9, 0.999), weight_decay=1e-2, eps=1e-8)
         pipeline.unet.train()
         if case.checkpointing:
@@ -65,9 +67,9 @@ class Script(Arm):
         return latents.to(self.case.dtype)
 
     def step(self, index: int) -> None:
-        phases, buffers, scheduler = self.phases, self.feed.buffers, self.scheduler
+        phases, buffers, scheduler = self.phases, self.buffers, self.scheduler
         with phases(DRAWS):
-            self.feed.fill_(index)
+            self.feed.fill_(buffers, index)
         with phases(LATENTS):
             latents = self.encoded()
         noise, t = buffers.noise.to(latents.dtype), buffers.t
@@ -124,7 +126,7 @@ class Lora(Script):
             with torch.no_grad():
                 self.kept = Backbone(self.pipeline).encode(self.ids)
         states, pooled = self.kept
-        return states, {"text_embeds": pooled, "time_ids": self.feed.buffers.frames.to(states.dtype)}
+        return states, {"text_embeds": pooled, "time_ids": self.buffers.frames.to(states.dtype)}
 
 
 class CustomDiffusion(Script):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.benchmark import Timer
 
 from ..errors import InputError
+from ..io.run import Run
+from ..pipeline.load import resolution_of
+from .options import TrainOptions
+from .ranks import Ranks
 
 KERNELS = {
     "math": SDPBackend.MATH, "flash": SDPBackend.FLASH_ATTENTION, "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -20,8 +25,8 @@ KERNELS = {
 log = logging.getLogger("stamina_fast")
 
 
-class Shape(NamedTuple):
-    """Of one attention: queries [batch, heads, tokens, size], keys and values [batch, heads, keys, size]."""
+class AttentionShape(NamedTuple):
+    """Queries are [batch, heads, tokens, size], keys and values [batch, heads, keys, size]."""
 
     batch: int
     heads: int
@@ -33,7 +38,7 @@ class Shape(NamedTuple):
 class Attention:
     """Attention of one shape on random inputs, forward and backward, with a kernel by name."""
 
-    def __init__(self, shape: Shape, device: torch.device, dtype: torch.dtype):
+    def __init__(self, shape: AttentionShape, device: torch.device, dtype: torch.dtype):
         batch, heads, tokens, keys, size = shape
         draw = torch.Generator(device=device).manual_seed(0)
         self.inputs = [
@@ -59,14 +64,14 @@ def check_kernel(unet, kernel: str) -> None:
     heads = {module.inner_dim // module.heads for module in unet.modules() if hasattr(module, "processor")}
     for size in sorted(heads):
         try:
-            Attention(Shape(1, 1, 64, 64, size), unet.device, unet.dtype)(kernel)
+            Attention(AttentionShape(1, 1, 64, 64, size), unet.device, unet.dtype)(kernel)
         except RuntimeError as error:
             raise InputError(
                 f"attention {kernel!r} cannot run here, with heads of {size} in {unet.dtype} on {unet.device}; choose sdpa"
             ) from error
 
 
-def attentions(unet, batch: int, side: int, words: int) -> Counter[Shape]:
+def attentions(unet, batch: int, side: int, words: int) -> Counter[AttentionShape]:
     """How many attentions of each shape the way down has, for latents of side x side and prompts of so many tokens.
 
     The way up has the same shapes, one block more of each.
@@ -77,7 +82,7 @@ def attentions(unet, batch: int, side: int, words: int) -> Counter[Shape]:
         for module in block.modules():
             if hasattr(module, "processor"):
                 keys = words if module.is_cross_attention else tokens
-                found[Shape(batch, module.heads, tokens, keys, module.inner_dim // module.heads)] += 1
+                found[AttentionShape(batch, module.heads, tokens, keys, module.inner_dim // module.heads)] += 1
     return found
 
 
@@ -100,3 +105,16 @@ def fastest_kernel(unet, batch: int, side: int, words: int) -> str:
     times = ", ".join(f"{kernel} {1e3 * time:.3g} ms" for kernel, time in sums.items())
     log.info("attention %s, measured: %s", best, times)
     return best
+
+
+def kernel_of_run(output: Path, resume: bool, pipeline, options: TrainOptions, ranks: Ranks) -> str:
+    """The kernel that attention "measured" stands for: the fastest on rank 0, or the one that a resumed run began with."""
+    if ranks.rank:
+        return ranks.meet()[0]
+    resumed = resume and (output / "manifest.json").is_file()
+    found = Run.open(output).config.get("measured", {}).get("attention") if resumed else None
+    if found is None:
+        rows = options.batch // options.accumulate * (2 if options.prior_weight else 1)
+        side = (options.resolution or resolution_of(pipeline)) // pipeline.vae_scale_factor
+        found = fastest_kernel(pipeline.unet, rows, side, pipeline.tokenizer.model_max_length)
+    return ranks.meet(found)[0]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ..adapter.config import StaminaConfig
 from ..errors import InputError
+from .options import TrainOptions
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,8 @@ METHODS = {
 }
 
 
-def apply(name: str, config: StaminaConfig, options):
-    """(config, options) of the method called `name`; `options` is a TrainOptions, or any dataclass with its fields.
+def apply(name: str, config: StaminaConfig, options: TrainOptions):
+    """(config, options) as the method called `name` changes them.
 
     Raises InputError, with all names, for a method that does not exist.
     """
@@ -62,3 +63,17 @@ def apply(name: str, config: StaminaConfig, options):
     method = METHODS[name]
     proposed = {key: value for key, value in method.proposes.items() if getattr(config, key) == 0}
     return dataclasses.replace(config, **method.config, **proposed), dataclasses.replace(options, **method.options)
+
+
+def settings(method: str, config: StaminaConfig, options: TrainOptions, changes: Mapping[str, object]):
+    """(config, options) of a method, after `changes` to the fields of either. A field that both have is changed in the options.
+
+    Raises InputError for a name that is a field of neither.
+    """
+    of_options, of_config = ({field.name for field in dataclasses.fields(kind)} for kind in (TrainOptions, StaminaConfig))
+    unknown = sorted(set(changes) - of_options - of_config)
+    if unknown:
+        raise InputError(f"there is no option {unknown[0]!r}; the options are {', '.join(sorted(of_options | of_config))}")
+    config = dataclasses.replace(config, **{key: value for key, value in changes.items() if key not in of_options})
+    options = dataclasses.replace(options, **{key: value for key, value in changes.items() if key in of_options})
+    return apply(method, config, options)

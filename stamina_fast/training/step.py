@@ -11,11 +11,9 @@ import torch
 from torch import Tensor
 
 from ..ops.noise import GateNoise
-from ..seeds import derive_seed
 from .backbone import Backbone
 from .diffusion import Diffusion
 from .flat import Optimizer
-from .latents import LatentBank
 from .ranks import Ranks
 
 LOSSES = ("loss", "denoising", "sparsity", "forgetting", "gradient")
@@ -66,51 +64,6 @@ class Buffers:
 
     def tensors(self) -> list[Tensor]:
         return [self.latents, self.noise, self.t, *self.ids, self.frames, self.seed, self.clock, self.tau]
-
-
-class Feed:
-    """Fills the buffers for any step of a task, as a function of (seed, task, step) alone.
-
-    The batches of all `ranks`, one behind the other, are the batch that one process of that size would draw. Where `prior`
-    of the bank's last variants are class pictures, every second row is one of them. `size` (pixels): what the variants were
-    cut to, (height, width) or the side of a square.
-    """
-
-    def __init__(self, buffers: Buffers, bank: LatentBank, ids: list[Tensor], size: int | tuple[int, int], timesteps: int,
-                 seed: int, ranks: Ranks | None = None, prior: int = 0):
-        self.prior, self.learned = prior, len(bank) - prior
-        self.whole, self.rows = (ranks or Ranks()).rows(len(buffers.t))
-        self.buffers, self.bank, self.ids = buffers, bank, [part.to(bank.mean.device)[bank.picture] for part in ids]
-        self.timesteps, self.seed = timesteps, seed
-        self.draw = torch.Generator(device=bank.mean.device)
-        target = torch.tensor(size, device=bank.mean.device).expand(len(bank), 2)
-        self.frames = torch.cat([bank.frames, target], 1)
-
-    @staticmethod
-    def share(batch: int, parts: int, prior_weight: float, device: torch.device) -> Tensor | None:
-        """What each row of a part counts in the mean over its rows, [rows] fp32, where each part is one of `parts` and with
-        `prior_weight` every second row is a class picture; None where all count 1.
-        """
-        if not prior_weight:
-            return torch.full((batch // parts,), 1 / parts, device=device) if parts > 1 else None
-        return torch.tensor([2 / parts, 2 * prior_weight / parts], device=device).repeat(batch // parts)
-
-    def fill_(self, step: int) -> None:
-        """Random variants with their prompts, posterior samples, noise, and one timestep in each b-th part of the schedule."""
-        to, draw = self.buffers, self.draw.manual_seed(derive_seed(self.seed, "batch", step))
-        b, rows, device = self.whole, self.rows, to.t.device
-        shape = (b, *to.latents.shape[1:])
-        index = torch.randint(self.learned, (b,), generator=draw, device=device)
-        if self.prior:
-            index[1::2] = self.learned + torch.randint(self.prior, (b // 2,), generator=draw, device=device)
-        index = index[rows]
-        to.latents.copy_(self.bank.draw(index, torch.randn(shape, generator=draw, device=device)[rows]))
-        to.noise.copy_(torch.randn(shape, generator=draw, device=device)[rows])
-        share = (torch.arange(b, device=device) + torch.rand(b, generator=draw, device=device)) / b
-        to.t.copy_((share[rows] * self.timesteps).long().clamp(max=self.timesteps - 1))
-        to.frames.copy_(self.frames[index])
-        for buffer, ids in zip(to.ids, self.ids, strict=True):
-            buffer.copy_(ids[index])
 
 
 class Step:

@@ -79,7 +79,7 @@ def test_every_arm_trains_on_the_same_draws(model, dtype):
     facts, draws = {}, {}
     for name, arm in arms.items():
         facts[name] = measure.begin(arm)
-        buffers = arm.train.buffers if isinstance(arm, Ours) else arm.feed.buffers
+        buffers = arm.train.buffers if isinstance(arm, Ours) else arm.buffers
         draws[name] = [tensor.clone() for tensor in (buffers.latents, buffers.noise, buffers.t, buffers.frames)]
         if not isinstance(arm, Ours):
             # encoded by the loop itself, as often as it takes a step
@@ -111,7 +111,7 @@ def test_every_arm_learns(name, monkeypatch):
         monkeypatch.setattr(type(arm), "learning_rate", rates[name])
     arm.start()
     fill = arm.feed.fill_
-    monkeypatch.setattr(arm.feed, "fill_", lambda index: fill(0))
+    monkeypatch.setattr(arm.feed, "fill_", lambda to, index: fill(to, 0))
     losses = []
     for _ in range(40):
         arm()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 
 from stamina_fast.io.images import write_image
 from stamina_fast.training import train
-from stamina_fast.training.step import Step
 
 NAMES = ("cat", "cup", "rocket", "face")
 SMALL = {
@@ -38,27 +36,21 @@ class Killed(BaseException):
     """Stands for a kill: nothing in the trainer may catch it."""
 
 
-@contextlib.contextmanager
-def killed_after(steps: int):
-    """What runs here is killed before it takes one more step than these."""
-    left, call = iter(range(steps)), Step.__call__
+def run_until(count: int, *args, **changes) -> None:
+    """`run`, killed when it has made `count` steps and is about to make another."""
+    left = iter(range(count))
 
-    def counted(step):
+    def kill(step, task, i):
         if next(left, None) is None:
             raise Killed
-        call(step)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Step, "__call__", counted)
-        with pytest.raises(Killed):
-            yield
+    with pytest.raises(Killed):
+        run(*args, on_step=kill, **changes)
 
 
-def count_steps(monkeypatch) -> list:
-    """Grows by one with every step from here on."""
-    done, call = [], Step.__call__
-    monkeypatch.setattr(Step, "__call__", lambda step: done.append(1) or call(step))
-    return done
+def size_of(step) -> tuple[int, int]:
+    """Height and width, in pixels, of the pictures in the batch of a step."""
+    return tuple(step.buffers.frames[0, 4:].int().tolist())
 
 
 def tensors(pipeline) -> dict[str, torch.Tensor]:

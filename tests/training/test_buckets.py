@@ -6,14 +6,14 @@ import pytest
 import tinypipes
 import torch
 from replay import Replay
-from tinyruns import assert_same, killed_after, run, tensors
+from tinyruns import assert_same, run, run_until, size_of, tensors
 
 from stamina_fast.errors import InputError
 from stamina_fast.io.concepts import Concept
 from stamina_fast.io.images import crop, write_image
 from stamina_fast.training import loop
-from stamina_fast.training.buckets import Buckets, in_buckets, shapes
-from stamina_fast.training.step import Feed
+from stamina_fast.training.buckets import crop_sizes, in_buckets
+from stamina_fast.training.data import TaskData
 
 # pixels of a picture, and the shape that it gets with sides in multiples of 32 and about 96 x 96 pixels
 WIDE, TALL, ALMOST = (36, 80), (90, 40), (36, 40)
@@ -43,17 +43,13 @@ def two(tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(two, tmp_path_factory):
     """A run in one go: the run, the bits of its pipeline, and a batch for each step: latents' shape, frames, ids."""
-    batches, call, pipeline = [], Buckets.fill_, tinypipes.sd15()
+    batches, pipeline = [], tinypipes.sd15()
 
-    def fill_(self, step):
-        shape = call(self, step)
-        to = self.feeds[shape].buffers
-        batches.append((shape, tuple(to.latents.shape), to.frames[:, 4:].clone(), to.ids[0].clone()))
-        return shape
+    def keep(step, task, i):
+        to = step.buffers
+        batches.append((size_of(step), tuple(to.latents.shape), to.frames[:, 4:].clone(), to.ids[0].clone()))
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Buckets, "fill_", fill_)
-        made = run(pipeline, two, tmp_path_factory.mktemp("whole") / "run", **OPTIONS)
+    made = run(pipeline, two, tmp_path_factory.mktemp("whole") / "run", on_step=keep, **OPTIONS)
     return made, tensors(pipeline), batches
 
 
@@ -62,8 +58,8 @@ def curves(made):
 
 
 @pytest.mark.parametrize(("size", "multiple"), [(512, 64), (1024, 64), (768, 64), (96, 32), (64, 32), (32, 32)])
-def test_shapes_have_nearly_the_pixels_of_the_square(size, multiple):
-    found = shapes(size, multiple)
+def test_crop_sizes_have_nearly_the_pixels_of_the_square(size, multiple):
+    found = crop_sizes(size, multiple)
     assert found[0] == (size, size)
     assert len(set(found)) == len(found)
     for height, width in found:
@@ -74,15 +70,15 @@ def test_shapes_have_nearly_the_pixels_of_the_square(size, multiple):
         assert short * long <= size**2 < short * (long + multiple)
 
 
-def test_shapes_of_stable_diffusion():
-    assert {shape for shape in shapes(512, 64) if shape[0] <= shape[1]} == {
+def test_crop_sizes_of_stable_diffusion():
+    assert {size for size in crop_sizes(512, 64) if size[0] <= size[1]} == {
         (512, 512), (448, 576), (384, 640), (320, 768), (256, 1024)
     }
 
 
 def test_a_picture_goes_to_the_nearest_aspect_ratio():
     sizes = [(300, 400), (400, 300), (500, 500), (90, 160), (10, 400), (495, 500), (400, 10)]
-    found = in_buckets([torch.zeros(3, *size) for size in sizes], shapes(512, 64))
+    found = in_buckets([torch.zeros(3, *size) for size in sizes], crop_sizes(512, 64))
     assert found == {(448, 576): [0], (576, 448): [1], (512, 512): [2, 5], (384, 640): [3], (256, 1024): [4], (1024, 256): [6]}
 
 
@@ -119,16 +115,11 @@ def test_every_batch_is_of_one_shape_with_its_own_pictures(two, whole):
             assert set((ids == big).sum(1).tolist()) <= set(there)
 
 
-def test_shapes_come_as_often_as_they_have_pictures():
-    """Whatever the rank."""
-    seen = [[], []]
-    for rank in range(2):
-        feeds = {shape: types.SimpleNamespace(learned=n, fill_=seen[rank].append) for shape, n in (((8, 8), 3), ((8, 16), 1))}
-        buckets = Buckets(feeds, 5)
-        seen[rank].append([buckets.fill_(step) for step in range(400)])
+def test_crop_sizes_come_as_often_as_they_have_pictures():
+    feeds = {size: types.SimpleNamespace(learned=n) for size, n in (((8, 8), 3), ((8, 16), 1))}
+    seen = [[TaskData(feeds, 5).size_at(step) for step in range(400)] for _ in range(2)]
     assert seen[0] == seen[1]
-    assert seen[0][:-1] == list(range(400))
-    assert 270 < seen[0][-1].count((8, 8)) < 330
+    assert 270 < seen[0].count((8, 8)) < 330
 
 
 def test_one_shape_has_the_bits_of_squares(two, tmp_path):
@@ -158,21 +149,20 @@ def test_each_shape_is_recorded_once(two, whole, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("at", [3, 8 + 5])
 def test_a_resumed_run_has_the_same_bits(at, two, whole, tmp_path):
-    with killed_after(at):
-        run(tinypipes.sd15(), two, tmp_path / "run", save_every=2, **OPTIONS)
+    run_until(at, tinypipes.sd15(), two, tmp_path / "run", save_every=2, **OPTIONS)
     pipeline = tinypipes.sd15()
     made = run(pipeline, two, tmp_path / "run", resume=True, **OPTIONS)
     assert curves(made) == curves(whole[0])
     assert_same(tensors(pipeline), whole[1])
 
 
-def test_class_pictures_are_there_in_every_shape(two, tmp_path, monkeypatch):
-    seen, fill_ = [], Feed.fill_
-    monkeypatch.setattr(Feed, "fill_", lambda feed, step: fill_(feed, step) or seen.append(feed.buffers.ids[0].clone()))
+def test_class_pictures_are_there_in_every_shape(two, tmp_path):
+    seen = []
     others = drawn(tmp_path / "other.png", TALL, 3)
     given = [Concept(c.name, c.images, c.prompt, c.token, c.class_prompt, None, (others,)) for c in two[:1]]
     pipeline = tinypipes.sd15()
-    run(pipeline, given, tmp_path / "run", prior_weight=1.0, **OPTIONS)
+    options = OPTIONS | {"prior_weight": 1.0, "on_step": lambda step, *_: seen.append(step.buffers.ids[0].clone())}
+    run(pipeline, given, tmp_path / "run", **options)
     wanted = loop.Backbone(pipeline).tokenise(["a photo of <cat>", "a photo of a cat"])[0].repeat(2, 1)
     assert len(seen) == OPTIONS["steps"]
     assert all(torch.equal(ids, wanted) for ids in seen)

@@ -6,13 +6,12 @@ import pytest
 import tinypipes
 import torch
 from replay import Replay
-from tinyruns import Killed, assert_same, count_steps, run, tensors, write_concepts
+from tinyruns import Killed, assert_same, run, tensors, write_concepts
 
 from stamina_fast.errors import FileError
 from stamina_fast.io.files import write_tensors
 from stamina_fast.io.run import Run
 from stamina_fast.training import loop
-from stamina_fast.training.step import Step
 
 OPTIONS = {"steps": 7, "method": "c-stamina", "sparsity_weight": 0.1, "lr_schedule": "cosine", "read_every": 3}
 
@@ -29,14 +28,13 @@ def whole(two, tmp_path_factory):
     return run(pipeline, two, tmp_path_factory.mktemp("whole") / "run", **OPTIONS), tensors(pipeline)
 
 
-def train_until(at, two, output, monkeypatch, **options):
+def train_until(at, two, output, monkeypatch):
     """Start, and be killed before step `at` of the second task, or after its save number -`at` and before the manifest."""
-    steps, saves, call, write = iter(range(100)), iter(range(1, 100)), Step.__call__, Run._write
+    saves, write = iter(range(1, 100)), Run._write
 
-    def counted(step):
-        if at >= 0 and next(steps) == OPTIONS["steps"] + at:
+    def kill(step, task, i):
+        if (task, i) == (1, at):
             raise Killed
-        call(step)
 
     def written(self, manifest):
         if manifest.checkpoint is not None and len(manifest.tasks) == 1 and next(saves) == -at:
@@ -44,18 +42,18 @@ def train_until(at, two, output, monkeypatch, **options):
         write(self, manifest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Step, "__call__", counted)
         patch.setattr(Run, "_write", written)
         with pytest.raises(Killed):
-            run(tinypipes.sd15(), two, output, save_every=2, **OPTIONS, **options)
+            run(tinypipes.sd15(), two, output, save_every=2, on_step=kill, **OPTIONS)
 
 
 @pytest.mark.parametrize(("at", "left"), [(0, 7), (2, 5), (3, 5), (5, 3), (6, 1), (-2, 5)])
 def test_a_resumed_task_ends_in_the_same_bits(at, left, two, whole, tmp_path, monkeypatch):
     train_until(at, two, tmp_path / "run", monkeypatch)
-    pipeline, done = tinypipes.sd15(), count_steps(monkeypatch)
-    made = run(pipeline, two, tmp_path / "run", resume=True, save_every=3, **OPTIONS)
-    assert len(done) == left
+    pipeline, steps = tinypipes.sd15(), []
+    options = OPTIONS | {"save_every": 3, "on_step": lambda step, task, i: steps.append((task, i))}
+    made = run(pipeline, two, tmp_path / "run", resume=True, **options)
+    assert steps == [(1, i) for i in range(7 - left, 7)]
     assert_same(tensors(pipeline), whole[1])
     for mine, theirs in zip(made.tasks(), whole[0].tasks(), strict=True):
         assert mine["sha256"] == theirs["sha256"]

@@ -7,7 +7,7 @@ import pytest
 import tinypipes
 import torch
 from replay import Replay
-from tinyruns import assert_same, count_steps, killed_after, run, tensors, write_concepts
+from tinyruns import assert_same, run, run_until, tensors, write_concepts
 from torch import nn
 
 from stamina_fast.errors import InputError
@@ -95,13 +95,12 @@ def test_what_is_remembered_goes_on_elsewhere_and_is_forgotten_by_a_reset(name):
 
 
 @pytest.mark.parametrize(("at", "left"), [(0, 6), (3, 4)], ids=["between tasks", "within a task"])
-def test_a_resumed_run_ends_in_the_same_bits(at, left, name, two, whole, tmp_path, monkeypatch):
+def test_a_resumed_run_ends_in_the_same_bits(at, left, name, two, whole, tmp_path):
     """From the first step of the second task the optimizer is a fresh one here, and one that was reset in the run in one go."""
-    with killed_after(OPTIONS["steps"] + at):
-        run(tinypipes.sd15(), two, tmp_path / "run", save_every=2, optimizer=name, **OPTIONS)
-    done, pipeline = count_steps(monkeypatch), tinypipes.sd15()
-    made = run(pipeline, two, tmp_path / "run", resume=True, optimizer=name, **OPTIONS)
-    assert len(done) == left
+    run_until(OPTIONS["steps"] + at, tinypipes.sd15(), two, tmp_path / "run", save_every=2, optimizer=name, **OPTIONS)
+    steps, pipeline = [], tinypipes.sd15()
+    made = run(pipeline, two, tmp_path / "run", resume=True, optimizer=name, on_step=lambda *at: steps.append(at), **OPTIONS)
+    assert len(steps) == left
     assert_same(tensors(pipeline), whole[1])
     for task in ("cat", "cup"):
         assert made.load_task(task).curve == whole[0].load_task(task).curve

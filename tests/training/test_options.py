@@ -11,9 +11,9 @@ from tinyruns import assert_same, run, tensors, write_concepts
 
 from stamina_fast.errors import FileError, InputError
 from stamina_fast.io.concepts import Concept, load_concepts
-from stamina_fast.training import attention, latents, loop
+from stamina_fast.training import attention, data, latents, loop
 from stamina_fast.training.attention import check_kernel
-from stamina_fast.training.step import Feed
+from stamina_fast.training.data import row_weights
 from stamina_fast.training.unet import REGIONS, stepping, with_compiled_regions
 
 CPU = torch.device("cpu")
@@ -37,28 +37,19 @@ def curve(made, key="denoising"):
     return torch.tensor([[row[key] for row in made.load_task(task["name"]).curve] for task in made.tasks()])
 
 
-def test_class_pictures_are_every_second_row(listed, tmp_path, monkeypatch):
+def test_class_pictures_are_every_second_row(listed, tmp_path):
     """Their own latents and prompt, and `prior_weight` of the loss of each beside the concept's."""
-    seen, fill_ = [], Feed.fill_
-
-    def fill(feed, step):
-        fill_(feed, step)
-        seen.append([ids.clone() for ids in feed.buffers.ids[0]])
-
-    monkeypatch.setattr(Feed, "fill_", fill)
-    pipeline = tinypipes.sd15()
-    run(pipeline, listed, tmp_path / "run", prior_weight=0.5)
-    rows = seen[0]
-    assert len(rows) == 4
+    seen, pipeline = [], tinypipes.sd15()
+    run(pipeline, listed, tmp_path / "run", prior_weight=0.5, on_step=lambda step, *_: seen.append(step.buffers.ids[0].clone()))
     (ids,) = loop.Backbone(pipeline).tokenise(["a photo of <cat>", "a photo of a cup"])
-    assert torch.equal(torch.stack(rows), ids.repeat(2, 1))
-    share = Feed.share(2, 1, 0.5, CPU)
+    assert torch.equal(seen[0], ids.repeat(2, 1))
+    share = row_weights(2, 1, 0.5, CPU)
     assert share.tolist() == [2, 1, 2, 1]
     losses = torch.tensor([3.0, 5.0, 7.0, 11.0])
     # the mean over the concept's pictures, and the weight times that over the others
     assert (share * losses).mean() == 5 + 0.5 * 8
-    assert sum((Feed.share(2, 2, 0.5, CPU) * part).mean() for part in losses.chunk(2)) == 9
-    assert Feed.share(2, 1, 0.0, CPU) is None
+    assert sum((row_weights(2, 2, 0.5, CPU) * part).mean() for part in losses.chunk(2)) == 9
+    assert row_weights(2, 1, 0.0, CPU) is None
 
 
 def test_class_pictures_in_parts_are_the_batch(listed, tmp_path):
@@ -76,7 +67,7 @@ def test_without_a_weight_class_pictures_change_nothing(listed, tmp_path):
 
 def test_kept_latents_are_encoded_once_and_have_the_same_bits(three, uninterrupted, tmp_path, monkeypatch):
     calls, encode = [], latents.encode
-    monkeypatch.setattr(loop, "encode", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs))
+    monkeypatch.setattr(data, "encode", lambda *args, **kwargs: calls.append(1) or encode(*args, **kwargs))
     for count in (3, 3):
         pipeline = tinypipes.sd15()
         run(pipeline, three, tmp_path / f"run{len(calls)}", cache_latents=tmp_path / "kept")
@@ -87,25 +78,24 @@ def test_kept_latents_are_encoded_once_and_have_the_same_bits(three, uninterrupt
     files = sorted((tmp_path / "kept").iterdir())
     assert (len(calls), len(files)) == (6, 6)
     for file in files:
-        data = bytearray(file.read_bytes())
-        data[-1] ^= 1
-        file.write_bytes(data)
+        damaged = bytearray(file.read_bytes())
+        damaged[-1] ^= 1
+        file.write_bytes(damaged)
     with pytest.raises(FileError, match="damaged"):
         run(tinypipes.sd15(), three, tmp_path / "broken", cache_latents=tmp_path / "kept")
 
 
 @pytest.mark.parametrize("change", [{"channels_last": True}, {"attention": "math"}])
-def test_memory_order_and_kernel_change_roundings_alone(change, three, uninterrupted, tmp_path, monkeypatch):
+def test_memory_order_and_kernel_change_roundings_alone(change, three, uninterrupted, tmp_path):
     made, pipeline = [], tinypipes.sd15()
-    call = loop.Step.__call__
-    monkeypatch.setattr(loop.Step, "__call__", lambda step: made.append(state(pipeline.unet)) or call(step))
 
     def state(unet):
         (_, order) = torch.backends.cuda.flash_sdp_enabled(), torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
         return unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last), order[0].name
 
     before = {name: tensor.stride() for name, tensor in pipeline.unet.state_dict().items()}
-    assert (curve(run(pipeline, three, tmp_path / "run", **change)) - curve(uninterrupted[0])).abs().max() < 1e-5
+    changed = run(pipeline, three, tmp_path / "run", on_step=lambda *_: made.append(state(pipeline.unet)), **change)
+    assert (curve(changed) - curve(uninterrupted[0])).abs().max() < 1e-5
     assert set(made) == {(change.get("channels_last", False), "MATH" if "attention" in change else made[0][1])}
     # a plain U-Net again
     assert {name: tensor.stride() for name, tensor in pipeline.unet.state_dict().items()} == before
@@ -148,12 +138,12 @@ def interrupt(*_):
 
 
 def test_a_measurement_takes_time_and_finds_a_kernel_that_can():
-    attend = attention.Attention(attention.Shape(1, 2, 64, 16, 8), CPU, torch.float32)
+    attend = attention.Attention(attention.AttentionShape(1, 2, 64, 16, 8), CPU, torch.float32)
     assert 0 < attend.seconds("math") < 1
     assert attention.fastest_kernel(tinypipes.sd21().unet, 1, 8, 16) in ("math", "flash")
     # another process than the first takes what that one says
     second = types.SimpleNamespace(rank=1, meet=lambda: ["math", ""])
-    assert loop.attention_of(None, False, None, None, second) == "math"
+    assert attention.kernel_of_run(None, False, None, None, second) == "math"
 
 
 def test_what_cannot_attend_here_is_refused_in_one_line(three, tmp_path):

@@ -11,13 +11,13 @@ from stamina_fast.adapter.attach import Adapters
 from stamina_fast.errors import FileError, InputError, StaminaError
 from stamina_fast.io.run import Run
 from stamina_fast.training import loop
-from stamina_fast.training.step import Step
 
 
-def stop_in_the_second_task(at):
-    """Patch the trainer to be killed before step `at` of the second task, at its fold or commit, or before model/ is saved."""
-    patch, steps = pytest.MonkeyPatch(), iter(range(1000))
+def stop_in_the_second_task(at, patch):
+    """Have the trainer killed at the fold or commit of the second task, or before model/ is saved; or before its step `at`.
 
+    Returns the hook that `train` takes for that.
+    """
     def die(*args, **kwargs):
         raise Killed
 
@@ -30,20 +30,14 @@ def stop_in_the_second_task(at):
         patch.setattr(Adapters, "fold_", later(Adapters.fold_, lambda adapters, name: adapters.folded))
     elif at == "commit":
         patch.setattr(Run, "commit_task", later(Run.commit_task, lambda run, *_: run.tasks()))
-    else:
-        patch.setattr(Step, "__call__", later(Step.__call__, lambda step: next(steps) == SMALL["steps"] + at))
-    return patch
+    return lambda step, task, i: die() if (task, i) == (1, at) else None
 
 
 @pytest.mark.parametrize("at", [0, 2, 3, "fold", "commit", "model"])
 def test_resume_ends_in_the_same_bits(at, three, uninterrupted, tmp_path):
     whole, bits = uninterrupted
-    patch = stop_in_the_second_task(at)
-    try:
-        with pytest.raises(Killed):
-            run(tinypipes.sd15(), three, tmp_path / "run")
-    finally:
-        patch.undo()
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        run(tinypipes.sd15(), three, tmp_path / "run", on_step=stop_in_the_second_task(at, patch))
     assert len(Run.open(tmp_path / "run").tasks()) == (3 if at == "model" else 1)
     pipeline = tinypipes.sd15()
     resumed = run(pipeline, three, tmp_path / "run", resume=True)
@@ -133,19 +127,16 @@ POISONS = {
 
 @pytest.mark.parametrize("named", POISONS)
 @pytest.mark.parametrize("at", range(SMALL["steps"]))
-def test_not_finite_rolls_the_task_back_and_names_the_tensor(named, at, three, uninterrupted, tmp_path, monkeypatch):
+def test_not_finite_rolls_the_task_back_and_names_the_tensor(named, at, three, uninterrupted, tmp_path):
     whole, _ = uninterrupted
-    steps, original, kept = iter(range(1000)), Step.__call__, {}
+    pipeline, kept = tinypipes.sd15(), {}
 
-    def call(step):
-        if next(steps) == SMALL["steps"] + at:
+    def poison(step, task, i):
+        if (task, i) == (1, at):
             POISONS[named](step, (math.nan, math.inf)[at % 2])
-        original(step)
 
-    monkeypatch.setattr(Step, "__call__", call)
-    pipeline = tinypipes.sd15()
     with pytest.raises(StaminaError, match=f"cup: {named} at step {at};") as caught:
-        run(pipeline, three, tmp_path / "run", on_task=lambda learned, *_: kept.update(tensors(learned)))
+        run(pipeline, three, tmp_path / "run", on_step=poison, on_task=lambda learned, *_: kept.update(tensors(learned)))
     assert "\n" not in str(caught.value)
     # the model is that of the first task, to the bit, its vocabulary too
     assert_same(tensors(pipeline), kept)
@@ -156,19 +147,15 @@ def test_not_finite_rolls_the_task_back_and_names_the_tensor(named, at, three, u
     assert [path.name for path in (tmp_path / "run" / "tasks").iterdir()] == ["01-cat"]
 
 
-def test_what_the_last_step_breaks_is_not_folded(three, tmp_path, monkeypatch):
-    """The last update is seen by no further step: it is looked at before the fold."""
-    original = Step.__call__
+def test_what_the_last_step_breaks_is_not_folded(three, tmp_path):
+    """No further step sees the last update: it is checked before the fold."""
+    def run_away(step, task, i):
+        if i == SMALL["steps"] - 1:
+            step.optimizer.rates[0].fill_(math.inf)
 
-    def call(step):
-        original(step)
-        if step.buffers.clock == SMALL["steps"]:
-            step.optimizer.values[1].view(-1)[0] = math.inf
-
-    monkeypatch.setattr(Step, "__call__", call)
     pipeline = tinypipes.sd15()
     before = tensors(pipeline)
-    with pytest.raises(StaminaError, match=r"cat: stacks\.0\.b is not finite after the last step"):
-        run(pipeline, three, tmp_path / "run")
+    with pytest.raises(StaminaError, match=r"cat: stacks\.0\.a is not finite after the last step"):
+        run(pipeline, three, tmp_path / "run", on_step=run_away)
     assert_same(tensors(pipeline), before)
     assert not Run.open(tmp_path / "run").tasks()

@@ -15,8 +15,8 @@ from stamina_fast.pipeline.load import load_pipeline
 from stamina_fast.pipeline.sampling import sample
 from stamina_fast.training import loop, train
 from stamina_fast.training.backbone import Backbone
+from stamina_fast.training.data import Feed
 from stamina_fast.training.methods import METHODS
-from stamina_fast.training.step import Feed
 
 
 @pytest.mark.parametrize("kind", tinypipes.KINDS)
@@ -135,7 +135,7 @@ def test_every_method_runs(method, three, tmp_path):
 def test_the_loss_falls(kind, three, tmp_path, monkeypatch):
     """On the same pictures, noise and timesteps at every step, so that the loss can only fall by learning."""
     original = Feed.fill_
-    monkeypatch.setattr(Feed, "fill_", lambda self, step: original(self, 0))
+    monkeypatch.setattr(Feed, "fill_", lambda self, to, step: original(self, to, 0))
     concept = load_concepts(three)[1:2]
     made = run(tinypipes.KINDS[kind](), concept, tmp_path / "run", steps=30, read_every=30, learning_rate=3e-2)
     losses = [row["denoising"] for row in made.load_task("cup").curve]

@@ -10,18 +10,18 @@ import safetensors.torch
 import tinypipes
 import torch
 from processes import free_port, start
-from tinyruns import NAMES, SMALL, assert_same, run, tensors, write_concepts
+from tinyruns import NAMES, SMALL, assert_same, run, size_of, tensors, write_concepts
 
 from stamina_fast.adapter.attach import Adapters
 from stamina_fast.errors import FileError, InputError
-from stamina_fast.io.images import as_floats, load_image, write_image
+from stamina_fast.io.images import as_floats, check_image, load_image, write_image
 from stamina_fast.io.run import Run
-from stamina_fast.training import TrainOptions, loop
-from stamina_fast.training.buckets import Buckets
+from stamina_fast.training import TrainOptions, data, record
+from stamina_fast.training.data import Feed
 from stamina_fast.training.flat import Optimizer
 from stamina_fast.training.latents import LatentBank
 from stamina_fast.training.ranks import Ranks
-from stamina_fast.training.step import Buffers, Feed, Step
+from stamina_fast.training.step import Buffers
 
 
 def keep(file, named):
@@ -100,13 +100,13 @@ def alone_with_twice_the_batch(kind, folder, output, changes, gradients):
     return alone
 
 
-def test_two_processes_take_pictures_of_the_same_shape(shaped, tmp_path, monkeypatch):
-    changes, seen, fill_ = {"aspect_buckets": True, "resolution": 96, "seed": 1}, [], Buckets.fill_
+def test_two_processes_take_pictures_of_the_same_shape(shaped, tmp_path):
+    changes, seen = {"aspect_buckets": True, "resolution": 96, "seed": 1}, []
     codes, said = start(tmp_path, 2, learn, "sd15", shaped, tmp_path / "run", tmp_path / "rank", changes)
     assert codes == [0, 0], said
     ours, theirs = results_of(tmp_path / "rank")
     assert_same(ours, theirs)
-    monkeypatch.setattr(Buckets, "fill_", lambda buckets, step: seen.append(fill_(buckets, step)) or seen[-1])
+    changes["on_step"] = lambda step, task, i: seen.append(size_of(step))
     alone_with_twice_the_batch("sd15", shaped, tmp_path / "alone", changes, ours["gradients"])
     assert set(seen[:2]) == {(96, 96), (64, 128)}
 
@@ -120,7 +120,7 @@ def test_each_rank_has_pictures_of_its_own(monkeypatch):
         ranks = Ranks.__new__(Ranks)
         ranks.rank, ranks.count = rank, count
         buffers = Buffers.empty(batch, (4, 8, 8), [7], torch.device("cpu"))
-        Feed(buffers, bank, ids, 64, 1000, 5, ranks).fill_(3)
+        Feed(bank, ids, 64, 1000, 5, ranks).fill_(buffers, 3)
         return [buffers.latents, buffers.noise, buffers.t, buffers.frames, *buffers.ids]
 
     whole, parts = filled(6, 0, 1), [filled(2, rank, 3) for rank in range(3)]
@@ -135,7 +135,7 @@ def flip_a_bit(tensor):
 
 def spoil(rank, how, folder, output):
     """A run of two concepts in which one rank goes wrong at the second one, or before it."""
-    fold, commit, call, steps = Adapters.fold_, Run.commit_task, Step.__call__, iter(range(100))
+    fold, commit, load = Adapters.fold_, Run.commit_task, data.load_image
 
     def fold_(adapters, name):
         embeddings = fold(adapters, name)
@@ -153,27 +153,30 @@ def spoil(rank, how, folder, output):
             raise FileError(f"cannot write {name}: No space left on device; free some space and run again")
         return commit(made, name, *args, **kwargs)
 
-    def step_(step):
-        if next(steps) == SMALL["steps"] + 2 and rank == 1:
-            if how == "killed":
-                os.kill(os.getpid(), signal.SIGKILL)
-            elif how == "nan":
-                step.buffers.latents[0, 0, 0, 0] = float("nan")
-            elif how == "inf":
-                step.buffers.latents[0, 0, 0, 0] = float("inf")
-        call(step)
+    def on_step(step, task, i):
+        if (rank, task, i) != (1, 1, 2):
+            return
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif how in ("nan", "inf"):
+            step.buffers.latents[0, 0, 0, 0] = float(how)
 
-    def load(path):
-        if how == "picture" and rank == 1:
+    def check_image_(path):
+        if how == "no picture" and rank == 1:
             raise InputError(f"{path.name} is not a picture; save it again")
-        return load_image(path)
+        return check_image(path)
+
+    def load_image_(path):
+        if how == "picture" and rank == 1 and path.parent.name == "cup":
+            raise InputError(f"{path.name} is not a picture; save it again")
+        return load(path)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Adapters, "fold_", fold_)
         patch.setattr(Run, "commit_task", commit_task)
-        patch.setattr(Step, "__call__", step_)
-        patch.setattr(loop, "load_image", load)
-        changes = {"seed": rank} if how == "options" else {}
+        patch.setattr(record, "check_image", check_image_)
+        patch.setattr(data, "load_image", load_image_)
+        changes = {"on_step": on_step} | ({"seed": rank} if how == "options" else {})
         run(tinypipes.sd15(), folder, output, **changes)
 
 
@@ -188,6 +191,7 @@ SPOILT = {
     "nan": [NOT_FINITE] * 2,
     "inf": [NOT_FINITE] * 2,
     "disk": [NO_SPACE, f"rank 0: {NO_SPACE}"],
+    "no picture": ["rank 1: 0.png is not a picture; save it again", "0.png is not a picture; save it again"],
     "picture": ["rank 1: 0.png is not a picture; save it again", "0.png is not a picture; save it again"],
     "options": ["rank 1 was started with other options, pictures or another model; rank 0 is the measure"] * 2,
     "killed": None,
@@ -204,7 +208,7 @@ def test_what_goes_wrong_on_one_rank_stops_both_and_stores_nothing(how, two, tmp
     else:
         assert codes == [2, 2], said
         assert said == [f"stamina-fast: {line}\n" for line in SPOILT[how]]
-    if how in ("picture", "options"):
+    if how in ("no picture", "options"):
         assert not (tmp_path / "run").exists()
     else:
         assert [task["name"] for task in Run.open(tmp_path / "run").tasks()] == ["cat"]
