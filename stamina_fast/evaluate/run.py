@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from rich.progress import Progress
 
 from ..errors import InputError
 from ..io.files import write_json
+from ..io.progress import Progress
 from ..io.run import Run, Task
 from ..pipeline.load import frozen, resolution_of
 from ..pipeline.sampling import sample, to_pil
@@ -51,8 +51,9 @@ def evaluate_run(
     size = run.config["train"]["resolution"] or resolution_of(pipeline)
     pictures, kind = real_images(run, size, real)
     how = {"count": samples, "seed": seed, "steps": steps, "size": size}
-    with frozen(pipeline), attached(run, pipeline) as adapters:
-        drawn = Sampler(pipeline, adapters, run, tasks, guidance, phi, how, progress)
+    total = samples * len(guidance) * (len(tasks) + len(tasks) * (len(tasks) + 1) // 2)
+    with frozen(pipeline), attached(run, pipeline) as adapters, Progress("all samples", total, shown=progress) as shown:
+        drawn = Sampler(pipeline, adapters, run, tasks, guidance, phi, how, shown)
         drawn.base()
         weights = drawn.after_every_task()
         adapters.rewind([])
@@ -90,15 +91,13 @@ class Sampler:
     stages "base", "after" and "end".
     """
 
-    def __init__(self, pipeline, adapters, run: Run, tasks: Sequence[Task], guidance, phi, how: dict, progress: bool):
+    def __init__(self, pipeline, adapters, run: Run, tasks: Sequence[Task], guidance, phi, how: dict, progress: Progress):
         self.pipeline, self.adapters, self.run, self.tasks = pipeline, adapters, run, tasks
         self.guidance, self.phi, self.how = guidance, phi, how
         self.base_features: dict[float, list[torch.Tensor]] = {g: [] for g in guidance}
         self.features: dict[float, list[list[torch.Tensor]]] = {g: [] for g in guidance}
         self.shown: dict[str, list[list[Image.Image]]] = {"base": [], "after": [], "end": []}
-        self.bars = Progress(disable=not progress)
-        total = len(guidance) * (len(tasks) + len(tasks) * (len(tasks) + 1) // 2)
-        self.bar = self.bars.add_task("sampling", total=total)
+        self.progress = progress
 
     def _draw(self, j: int) -> tuple[dict[float, torch.Tensor], list[Image.Image]]:
         """Features at every guidance, and the first pictures at the last, of concept j from the model as it stands."""
@@ -106,22 +105,22 @@ class Sampler:
         for g in self.guidance:
             images = to_pil(sample(self.pipeline, self.tasks[j].info["prompt"], guidance=g, **self.how))
             found[g] = self.phi(images)
-            self.bars.advance(self.bar)
+            self.progress.advance(self.how["count"])
         return found, images[:SHOWN]
 
     def base(self) -> None:
         """Every concept from W_0, its token as untrained as its task found it; then all tokens as they were learned."""
         tokens, seed = self.adapters.tokens, self.run.config["train"]["seed"]
-        with self.bars:
-            for j, task in enumerate(self.tasks):
-                self.bars.update(self.bar, description=f"base model: {task.info['name']}")
-                tokens.begin(task.info["token"], derive_seed(derive_seed(seed, "task", j), "token"))
-                found, pictures = self._draw(j)
-                for g in self.guidance:
-                    self.base_features[g].append(found[g])
-                self.shown["base"].append(pictures)
-                tokens.discard()
-                tokens.add(task.info["token"], task.token)
+        self.progress.begin("base model", self.how["count"] * len(self.guidance) * len(self.tasks))
+        for j, task in enumerate(self.tasks):
+            tokens.begin(task.info["token"], derive_seed(derive_seed(seed, "task", j), "token"))
+            found, pictures = self._draw(j)
+            for g in self.guidance:
+                self.base_features[g].append(found[g])
+            self.shown["base"].append(pictures)
+            tokens.discard()
+            tokens.add(task.info["token"], task.token)
+        self.progress.end()
 
     def after_every_task(self) -> list[dict]:
         """Rebuild the model after each task in turn and draw all concepts so far; returns what each did to the weights."""
@@ -129,17 +128,18 @@ class Sampler:
         for name, task in zip(names, self.tasks, strict=True):
             self.adapters.add_task(name, task.factors)
         weights, before = [], [None] * len(self.adapters.stacks)
-        with self.bars:
-            for t, name in enumerate(names):
-                self.adapters.rewind(names[: t + 1])
-                past = [stack.past().clone() for stack in self.adapters.stacks]  # the next rewind writes over them
-                weights.append(weight_change(past, before))
-                before = past
-                self.bars.update(self.bar, description=f"after {name}")
-                rows = [self._draw(j) for j in range(t + 1)]
-                for g in self.guidance:
-                    self.features[g].append([found[g] for found, _ in rows])
-                self.shown["after"].append(rows[-1][1])
+        for t, name in enumerate(names):
+            self.progress.begin(f"after {name}", self.how["count"] * len(self.guidance) * (t + 1))
+            self.adapters.rewind(names[: t + 1])
+            # copied, since the next rewind writes over them
+            past = [stack.past().clone() for stack in self.adapters.stacks]
+            weights.append(weight_change(past, before))
+            before = past
+            rows = [self._draw(j) for j in range(t + 1)]
+            for g in self.guidance:
+                self.features[g].append([found[g] for found, _ in rows])
+            self.shown["after"].append(rows[-1][1])
+            self.progress.end()
         self.shown["end"] = [pictures for _, pictures in rows]
         return weights
 

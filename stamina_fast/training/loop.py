@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .. import reopen
 from ..adapter.attach import attach
@@ -16,6 +17,7 @@ from ..adapter.config import StaminaConfig
 from ..errors import InputError, StaminaError
 from ..io.concepts import Concept, load_concepts
 from ..io.files import new_folder
+from ..io.progress import Progress
 from ..io.run import Checkpoint, Run
 from ..ops import dispatch
 from ..pipeline.load import frozen, load_pipeline, no_bars
@@ -31,7 +33,6 @@ from .flat import Flat
 from .methods import settings
 from .optimizers import check_optimizer, make_optimizer
 from .options import TrainOptions
-from .progress import Reporter
 from .ranks import Ranks, digest, together
 from .record import describe, open_run, record_of
 from .step import LOSSES, Buffers, Step
@@ -103,6 +104,12 @@ def save_model(pipeline, run: Run) -> None:
         pipeline.save_pretrained(partial, safe_serialization=True)
 
 
+def summary(losses: Tensor, density: float) -> str:
+    """The means of some rows of losses (`step.LOSSES`) and the mask's density, for a person to read."""
+    mean = dict(zip(LOSSES, losses.mean(0).tolist(), strict=True))
+    return f"loss {mean['denoising']:.4f}, mask {density:.0%}, forgetting {mean['forgetting']:.2g}"
+
+
 class Trainer:
     """One run on one device: what all tasks share, and what a task does before, in and after its steps.
 
@@ -129,23 +136,24 @@ class Trainer:
         """Bring back the finished tasks of the run, from W_0 and the stored factors."""
         reopen.restore(self.adapters, run, [task["name"] for task in run.tasks()])
 
-    def learn(self, run: Run, progress: bool, on_task: Callable | None, on_step: Callable | None) -> None:
+    def learn(self, run: Run, shown: bool, on_task: Callable | None, on_step: Callable | None) -> None:
         """Learn all concepts that the run has not learned yet."""
         done, saved = len(run.tasks()), run.load_checkpoint()
         if saved is not None and saved.task != self.concepts[done].name:
             wanted = self.concepts[done].name
             raise InputError(f"the checkpoint is of {saved.task!r}, next is {wanted!r}; pass the same concepts")
-        with Reporter([c.name for c in self.concepts], done, self.options.steps, progress) as reporter:
+        steps = self.options.steps
+        with Progress("all concepts", len(self.concepts) * steps, done * steps, shown) as progress:
             for task in range(done, len(self.concepts)):
-                reporter.begin(task)
-                curve, seconds = self.steps(run, task, saved, reporter, on_step)
+                progress.begin(self.concepts[task].name, steps, saved.step if saved else 0, "encoding pictures")
+                curve, seconds = self.steps(run, task, saved, progress, on_step)
                 self.finish(run, task, curve, seconds)
-                reporter.end(task, seconds)
+                progress.end(f"learned {self.concepts[task].name} in {seconds:.1f} s")
                 saved = None
                 if on_task is not None and self.ranks.rank == 0:
                     on_task(self.pipeline, run, self.concepts[task])
 
-    def steps(self, run: Run, task: int, saved: Checkpoint | None, reporter: Reporter, on_step: Callable | None):
+    def steps(self, run: Run, task: int, saved: Checkpoint | None, progress: Progress, on_step: Callable | None):
         """Run all steps of one task, or those that `saved` leaves; return the curve, a row a step, and the seconds they took.
 
         Raises StaminaError once something is not finite.
@@ -171,8 +179,7 @@ class Trainer:
                 if done % options.read_every == 0 or done == options.steps:
                     self.check(concept)
                     density[i] = float(self.adapters.density())
-                    means = self.step.losses[read:done].mean(0).tolist()
-                    reporter.update(task, done, dict(zip(LOSSES, means, strict=True)), density[i])
+                    progress.advance(done - read, summary(self.step.losses[read:done], density[i]))
                     read = done
                 if options.save_every and done % options.save_every == 0 and done < options.steps:
                     self.check(concept)

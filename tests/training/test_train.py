@@ -1,6 +1,7 @@
 """The sequential trainer, end to end on tiny pipelines of every kind."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +11,7 @@ import torch
 from tinyruns import assert_same, is_embedding, is_text_kv, run, tensors
 
 from stamina_fast.errors import InputError, StaminaError
+from stamina_fast.io import progress
 from stamina_fast.io.concepts import Concept, load_concepts
 from stamina_fast.pipeline.load import load_pipeline
 from stamina_fast.pipeline.sampling import sample
@@ -184,7 +186,15 @@ def test_what_cannot_be_trained_is_one_clear_line(three, tmp_path):
         assert not (output / "model").exists()
 
 
-def test_progress_shows_losses_and_density(three, tmp_path, capsys):
+def test_progress_shows_losses_and_density(three, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "SECONDS", 0.0)
     run(tinypipes.sd15(), three, tmp_path / "run", progress=True)
-    shown = capsys.readouterr().out
-    assert "learned cat in" in shown
+    shown = capsys.readouterr().out.splitlines()
+    assert "\x1b" not in "".join(shown)
+    assert shown[0] == "cat: 0 of 4, encoding pictures"
+    number = r"[0-9.e+-]+"
+    assert re.fullmatch(
+        rf"cat: 2 of 4, loss {number}, mask \d+%, forgetting {number}, \d:\d\d:\d\d left, all concepts \d:\d\d:\d\d", shown[1]
+    ), shown[1]
+    assert re.fullmatch(r"learned cat in [0-9.]+ s", shown[3])
+    assert len(shown) == 3 * 4
