@@ -73,6 +73,16 @@ def test_imports_go_downwards(part, module, path):
     assert not upwards
 
 
+@pytest.mark.parametrize("file", ["library", "functional"])
+def test_the_operators_know_no_backend_by_name(file):
+    """A new backend is a line in the table of ops/dispatch.py, and no branch anywhere."""
+    from stamina_fast.ops import dispatch
+
+    strings = {node.value for node in ast.walk(ast.parse((PACKAGE / "ops" / f"{file}.py").read_text()))
+               if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert not strings & set(dispatch.BACKENDS)
+
+
 def test_kernels_is_no_package():
     """A top-level package `kernels` would shadow the one that diffusers imports."""
     assert not (ROOT / "kernels" / "__init__.py").exists()

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import functional
+from ..ops.backend import Factors
 from ..ops.noise import GateNoise
 from ..ops.reference import compute_dtype
 from . import masks
@@ -17,7 +18,7 @@ from .config import StaminaConfig
 
 # attribute of the text states that a TextHook hands on: {stack: the outputs of its projections, or None while disabled}
 SEEN = "_stamina_seen"
-FACTORS = ("a", "b", "p", "q", "gate_bias")
+FACTORS = Factors._fields
 
 
 @dataclasses.dataclass
