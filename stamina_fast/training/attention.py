@@ -1,4 +1,4 @@
-"""Which kernel of torch's attention a U-Net trains with: by name, or the one that is fastest here."""
+"""Choose the kernel of torch's attention that a U-Net trains with: by name, or the fastest here."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AttentionShape(NamedTuple):
 
 
 class Attention:
-    """Attention of one shape on random inputs, forward and backward, with a kernel by name."""
+    """Runs attention of one shape on random inputs, forward and backward, with a kernel by name."""
 
     def __init__(self, shape: AttentionShape, device: torch.device, dtype: torch.dtype):
         batch, heads, tokens, keys, size = shape
@@ -47,20 +47,20 @@ class Attention:
         ]
 
     def __call__(self, kernel: str) -> None:
-        """Raises RuntimeError where the kernel cannot."""
+        """Raises RuntimeError where the kernel cannot run."""
         with sdpa_kernel(KERNELS[kernel]):
             out = F.scaled_dot_product_attention(*self.inputs)
             torch.autograd.grad(out, self.inputs, torch.ones_like(out))
 
     def seconds(self, kernel: str) -> float:
-        """The median time, launches and the wait for the device included."""
-        # the timer would take one thread otherwise
+        """The median time, including launches and the wait for the device."""
+        # the default of the timer is one thread
         names, threads = {"attend": self, "kernel": kernel}, torch.get_num_threads()
         return Timer("attend(kernel)", globals=names, num_threads=threads).blocked_autorange(min_run_time=0.1).median
 
 
 def check_kernel(unet, kernel: str) -> None:
-    """Raise InputError unless this kernel can run every head size of the U-Net, forward and backward."""
+    """Raise InputError unless this kernel can run all head sizes of the U-Net, forward and backward."""
     heads = {module.inner_dim // module.heads for module in unet.modules() if hasattr(module, "processor")}
     for size in sorted(heads):
         try:
@@ -72,9 +72,9 @@ def check_kernel(unet, kernel: str) -> None:
 
 
 def attentions(unet, batch: int, side: int, words: int) -> Counter[AttentionShape]:
-    """How many attentions of each shape the way down has, for latents of side x side and prompts of so many tokens.
+    """How many attentions of each shape the down blocks have, for latents of side x side and prompts of `words` tokens.
 
-    The way up has the same shapes, one block more of each.
+    The up blocks have the same shapes, and one more attention of each at every level.
     """
     found = Counter()
     for level, block in enumerate(unet.down_blocks):
@@ -87,9 +87,9 @@ def attentions(unet, batch: int, side: int, words: int) -> Counter[AttentionShap
 
 
 def fastest_kernel(unet, batch: int, side: int, words: int) -> str:
-    """The kernel with which the attentions of one pass take the least time on this device; says what it found.
+    """The kernel of torch with which the attentions of one pass take the least time here. Logs the times.
 
-    Only torch's own take part: a library that replaces the U-Net's attention is asked for by name.
+    xformers, which replaces the U-Net's attention altogether, is not compared.
     """
     sums = {}
     for kernel in KERNELS:

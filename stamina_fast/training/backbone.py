@@ -1,4 +1,4 @@
-"""A pipeline as a training step sees it: prompts to ids, ids to text states, states to the U-Net's prediction."""
+"""The parts of a pipeline that a training step runs: tokenizers, text encoders and the U-Net."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from ..errors import InputError
 
 
 class Backbone:
-    """Prompts to ids, ids to text states, states to the U-Net's prediction, for one text encoder or two."""
+    """Turns prompts into ids, ids into text states, and text states into a prediction, with one text encoder or two."""
 
     def __init__(self, pipeline):
         self.unet = pipeline.unet
@@ -17,16 +17,16 @@ class Backbone:
         self.double = second is not None
         self.tokenizers = [pipeline.tokenizer] + ([pipeline.tokenizer_2] if self.double else [])
         self.encoders = [pipeline.text_encoder] + ([second] if self.double else [])
-        # the tower of Stable Diffusion XL takes the pooled text and six numbers about the picture's frame
+        # the U-Net of Stable Diffusion XL also takes the pooled text and six numbers about the picture's frame
         self.framed = self.unet.config.addition_embed_type == "text_time"
 
     def check_prompts(self, prompts: list[str], token: str) -> None:
-        """Raise InputError for a token that the model knows already, and for a prompt that it would cut off."""
+        """Raise InputError for a token that the model knows already, or a prompt that it would truncate."""
         for tokenizer in self.tokenizers:
             if token in tokenizer.get_vocab():
                 raise InputError(f"the model knows the token {token} already; choose a new one, such as '<my-cat>'")
             for prompt in prompts:
-                # the token will be one id, as this word is
+                # the token will be one id, as "a" is
                 length = len(tokenizer(prompt.replace(token, "a")).input_ids)
                 if length > tokenizer.model_max_length:
                     most = tokenizer.model_max_length
@@ -45,10 +45,10 @@ class Backbone:
             return self.encoders[0](ids[0])[0], None
         first = self.encoders[0](ids[0], output_hidden_states=True)
         second = self.encoders[1](ids[1], output_hidden_states=True)
-        # the last layer but one of both, side by side, as the XL pipeline does
+        # the XL pipeline concatenates the last layer but one of both encoders
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second[0]
 
     def predict(self, noisy: Tensor, t: Tensor, states: Tensor, pooled: Tensor | None, frames: Tensor) -> Tensor:
-        """The U-Net's output for noisy latents [batch, c, h, w]; frames [batch, 6]: original size, crop, target size."""
+        """The U-Net's output for noisy latents [batch, c, h, w]. frames [batch, 6]: original size, crop, target size."""
         added = {"text_embeds": pooled, "time_ids": frames.to(states.dtype)} if self.framed else None
         return self.unet(noisy.to(states.dtype), t, encoder_hidden_states=states, added_cond_kwargs=added).sample

@@ -1,4 +1,4 @@
-"""The step as one CUDA graph: recorded once for a sequence of tasks, and replayed for every step after that."""
+"""The step as one CUDA graph, recorded once for all tasks and replayed from then on."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from ..errors import InputError
 from .step import Step
 
-# steps that run as they are before the first recording: kernels get compiled, tables made and workspaces allocated
+# steps that run uncaptured before the first recording: they compile kernels, make tables and allocate workspaces
 WARM = 3
 log = logging.getLogger("stamina_fast")
 
 
 class CudaRecorder:
-    """One CUDA graph with a memory pool of its own, recorded on a stream beside the caller's."""
+    """One CUDA graph with its own memory pool, recorded on its own stream."""
 
     def __init__(self, device: torch.device):
         self.device, self.stream, self.graph = device, torch.cuda.Stream(device), None
 
     def warm(self, step: Callable[[], None]) -> None:
-        """Run a step where it will be recorded, so that what libraries keep for a stream is there."""
+        """Run a step on the stream that will record it, so that libraries allocate what they keep for each stream."""
         here = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(here)
         with torch.cuda.stream(self.stream):
@@ -31,14 +31,14 @@ class CudaRecorder:
         here.wait_stream(self.stream)
 
     def record(self, step: Callable[[], None]) -> None:
-        """Write the launches of a step down; nothing runs. An older graph, and its memory, is given up first."""
+        """Record the launches of a step without running them. An older graph is freed first, with its memory."""
         self.graph = None
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         try:
             with torch.cuda.device(self.device), torch.cuda.graph(graph, stream=self.stream):
                 step()
         finally:
-            # a recording that fails leaves its own stream in force
+            # a recording that fails leaves its own stream as the current one
             torch.cuda.set_stream(here)
         self.graph = graph
 
@@ -47,9 +47,9 @@ class CudaRecorder:
 
 
 def recorder(wanted: bool | None, device: torch.device) -> CudaRecorder | None:
-    """What records a step on this device; None where it is not wanted, or nobody asked and there is no GPU.
+    """A recorder for this device, or None where steps run uncaptured.
 
-    Raises InputError where it is wanted and there is no GPU.
+    wanted: True, False, or None for "if there is a GPU". Raises InputError for True without a GPU.
     """
     if wanted and device.type != "cuda":
         raise InputError(f"capture needs a CUDA device, the model is on {device}; leave capture out to run step by step")
@@ -57,16 +57,18 @@ def recorder(wanted: bool | None, device: torch.device) -> CudaRecorder | None:
 
 
 class Captured:
-    """A `Step` that is recorded once it is warm, and replayed from then on; without a recorder it always runs as it is.
+    """A `Step` that is recorded after `WARM` steps and replayed from then on. Without a recorder it always runs uncaptured.
 
-    The first `WARM` steps are steps like any other and recording runs nothing, so that no step is done twice and nothing has
-    to be put back. A recording reads and writes fixed addresses: they are compared at the start of every task, and where one
-    has changed (the folded past of the forgetting penalty appears with the first fold) the step is recorded again. What
-    cannot be recorded is said once, and training goes on step by step with the same bits. An optimizer that keeps numbers on
-    the host is not recorded: it makes its step behind the recording of everything else.
+    The first `WARM` steps are ordinary steps, and recording runs nothing. So no step is made twice and nothing is put back.
 
-    tasks       how many tasks there will be at most
-    tables      of the step of another shape, which share them; None: of its own
+    A recording reads and writes fixed addresses. They are compared at the start of every task; where one has changed, the
+    step is recorded again. That happens after the first fold, when the folded past of the forgetting penalty is allocated.
+
+    A step that cannot be recorded is reported once, and training goes on uncaptured with the same bits. An optimizer that
+    keeps numbers on the host is not recorded: its update runs after the recording of everything else.
+
+    tasks       the most tasks there will be
+    tables      those of a step of another shape, to share them; None: new ones
     recordings  how often the step was recorded
     """
 
@@ -81,10 +83,10 @@ class Captured:
         self.addresses: list[int] | None = None
 
     def begin_(self, seed: int) -> None:
-        """`Step.begin_`, and a new recording where the old one is no longer that of the step."""
+        """Call `Step.begin_`, and drop the recording if an address has changed."""
         self.step.begin_(seed)
         if self.addresses is not None and self.addresses != self.step.addresses():
-            # what is new is run once before it is recorded, as kernels may have to be compiled for it
+            # one more ordinary step first, since new tensors may need other kernels compiled
             self.addresses, self.warmed = None, WARM - 1
 
     def __call__(self) -> None:
@@ -96,7 +98,7 @@ class Captured:
             self.step.optimizer.step_()
 
     def _run(self) -> None:
-        """What is recorded, replayed where it is."""
+        """Run the part that is recorded: warm it up, record it or replay it."""
         if self.warmed < WARM:
             self.warmed += 1
             self.recorder.warm(self.recorded)
@@ -109,7 +111,7 @@ class Captured:
         try:
             self.recorder.record(self.recorded)
         except Exception as error:
-            # a step that is wrong in itself raises again, uncaptured
+            # an error of the step itself is raised again by the uncaptured run
             log.warning("the training step cannot be captured and runs uncaptured: %s", reason(error))
             self.recorder = None
             return False
@@ -118,17 +120,17 @@ class Captured:
 
 
 def reason(error: BaseException) -> str:
-    """One line about where a failed recording began: ending it raises errors of its own on top."""
+    """The first error of a failed recording, in one line: ending the recording raises others on top."""
     while error.__context__ is not None:
         error = error.__context__
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 class Tables:
-    """Embedding tables at one address from task to task, although each task adds a row to each of them.
+    """Keeps embedding tables at one address, although each task adds a row to each of them.
 
     embeddings  the modules; their tables are not trained
-    more        rows that will be added at most
+    more        the most rows that will be added
     """
 
     def __init__(self, embeddings: list[torch.nn.Embedding], more: int):
@@ -139,7 +141,7 @@ class Tables:
     @contextlib.contextmanager
     @torch.no_grad()
     def held(self) -> Iterator[None]:
-        """The tables at their fixed address, with room at the end, until the block ends; then they are as they were."""
+        """Hold the tables at their fixed address within the block, with room at the end; restore them afterwards."""
         own = [embedding.weight.data for embedding in self.embeddings]
         for embedding, rows, memory in zip(self.embeddings, own, self.memory, strict=True):
             memory[: len(rows)].copy_(rows)

@@ -1,4 +1,4 @@
-"""The state within a task, as tensors by name: what a step reads that its seed, the task and the step do not say already."""
+"""Checkpoints: the state within a task, as tensors by name. What (seed, task, step) determine is not in it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from .step import Step
 
 
 def state(step: Step, done: int, density: dict[int, float], seconds: float) -> dict[str, Tensor]:
-    """Everything after `done` steps of a task.
+    """The state after `done` steps of a task.
 
     value.NAME    each trained parameter, of the factors, the mask and the token, fp32
-    moment.I.KEY  what the optimizer remembers, for each of its flat vectors
+    moment.I.KEY  what the optimizer keeps, for each of its flat vectors
     losses        [done, 5] fp32, see `step.LOSSES`
-    density       [looks, 2] fp64: a step after which the mask was looked at, and its density
+    density       [reads, 2] fp64: a step after which the mask's density was read, and the density
     seconds       fp64: how long the steps took
     """
-    looks = torch.tensor(list(density.items()), dtype=torch.float64).reshape(-1, 2)
-    rest = {"losses": step.losses[:done], "density": looks, "seconds": torch.tensor(seconds, dtype=torch.float64)}
+    reads = torch.tensor(list(density.items()), dtype=torch.float64).reshape(-1, 2)
+    rest = {"losses": step.losses[:done], "density": reads, "seconds": torch.tensor(seconds, dtype=torch.float64)}
     return _kept(step) | rest
 
 
 def restore_(step: Step, done: int, tensors: dict[str, Tensor]) -> tuple[dict[int, float], float]:
-    """Put the state after `done` steps back, in place, after `Step.begin_`. Returns (density, seconds).
+    """Set the state after `done` steps in place. Call it after `Step.begin_`. Returns (density, seconds).
 
-    Raises FileError, and changes nothing, for a state that is not whole or not of this step.
+    Raises FileError, and changes nothing, if a tensor is missing or does not fit this step.
     """
     kept = _kept(step)
     wanted = {name: (list(tensor.shape), tensor.dtype) for name, tensor in kept.items()}
@@ -46,7 +46,7 @@ def restore_(step: Step, done: int, tensors: dict[str, Tensor]) -> tuple[dict[in
 
 
 def _kept(step: Step) -> dict[str, Tensor]:
-    """What a state holds of parameters and optimizer."""
+    """The part of a state that parameters and optimizer hold."""
     optimizer = step.optimizer
     values = {f"value.{name}": view for name, view in zip(optimizer.names, optimizer.values, strict=True)}
     return values | {f"moment.{name}": moment for name, moment in optimizer.moments().items()}

@@ -1,4 +1,4 @@
-"""The forward process and what the U-Net is asked for: x_t = alpha_t x_0 + sigma_t noise, target noise or velocity."""
+"""The forward process x_t = alpha_t x_0 + sigma_t noise, and the target of the U-Net: the noise or the velocity."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ PREDICTIONS = ("epsilon", "v_prediction")
 class Diffusion:
     """The variance-preserving process of a pipeline's scheduler, as fp32 tables of T timesteps on one device.
 
-    alpha_t**2 + sigma_t**2 = 1; SNR_t = (alpha_t / sigma_t)**2, which is exactly 0 at the last step of a schedule that is
-    rescaled to zero terminal SNR. Raises InputError for flow-matching and other processes.
+    alpha_t**2 + sigma_t**2 = 1, and SNR_t = (alpha_t / sigma_t)**2. A schedule that is rescaled to zero terminal SNR has
+    exactly 0 at its last timestep. Raises InputError for flow-matching and other processes.
     """
 
     def __init__(self, scheduler, device: torch.device, min_snr: float | None = None):
@@ -25,7 +25,7 @@ class Diffusion:
             )
         from diffusers import DDPMScheduler
 
-        # all schedulers of one configuration share the process; this one has its exact table
+        # all schedulers of one configuration have the same process; this one has its exact table
         cumulative = DDPMScheduler.from_config(scheduler.config).alphas_cumprod.double()
         self.steps = len(cumulative)
         self.alpha = cumulative.sqrt().float().to(device)
@@ -33,7 +33,10 @@ class Diffusion:
         self.weight = self._weights(cumulative / (1 - cumulative), min_snr).float().to(device)
 
     def _weights(self, snr: torch.Tensor, gamma: float | None) -> torch.Tensor:
-        """min(SNR, gamma) / SNR for noise, min(SNR, gamma) / (SNR + 1) for velocity (arXiv 2303.09556), by timestep."""
+        """The min-SNR weight of each timestep (arXiv 2303.09556).
+
+        It is min(SNR, gamma) / SNR where the target is noise, and min(SNR, gamma) / (SNR + 1) where it is velocity.
+        """
         if gamma is None:
             return torch.ones_like(snr)
         if self.prediction == "epsilon":
@@ -41,12 +44,12 @@ class Diffusion:
         return snr.clamp(max=gamma) / (snr + 1)
 
     def noised(self, clean: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x_t, target) for clean latents and noise [batch, c, h, w] and timesteps [batch] int64, all fp32."""
+        """(x_t, target) in fp32, for clean latents and noise fp32 [batch, c, h, w] and timesteps int64 [batch]."""
         alpha, sigma = (table[t].view(-1, 1, 1, 1) for table in (self.alpha, self.sigma))
         noisy = alpha * clean + sigma * noise
         return noisy, noise if self.prediction == "epsilon" else alpha * noise - sigma * clean
 
-    def loss(self, predicted: torch.Tensor, target: torch.Tensor, t: torch.Tensor, share: torch.Tensor | None = None):
-        """The weighted mean square error, a scalar in fp32; `share` [batch] fp32 weighs the pictures, None counts each as 1."""
-        weight = self.weight[t] if share is None else self.weight[t] * share
+    def loss(self, predicted: torch.Tensor, target: torch.Tensor, t: torch.Tensor, row_weights: torch.Tensor | None = None):
+        """The weighted mean square error, a scalar in fp32. row_weights: fp32 [batch], None for ones."""
+        weight = self.weight[t] if row_weights is None else self.weight[t] * row_weights
         return (weight * (predicted.float() - target).square().mean((1, 2, 3))).mean()

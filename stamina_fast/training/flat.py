@@ -1,4 +1,4 @@
-"""One fp32 vector for everything that trains, so that clipping, checking and AdamW are a few launches whatever the model."""
+"""Parameters as views of one fp32 vector, so that clipping, checking and AdamW take a few launches for any model."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-# floats; views start at multiples of 256 bytes, so that no kernel sees an odd address
+# in floats: views start at multiples of 256 bytes, so that kernels see aligned addresses
 ALIGN = 64
 
 
 class Flat:
-    """Parameters as views of `values`, their gradients as views of `grads`, both fp32 [size]; `names` in the order laid out.
+    """Parameters as views of `values`, and their gradients as views of `grads`, both fp32 [size].
 
-    The gap behind a parameter holds zeros and stays so: its gradient is always zero.
+    The Parameter objects are never replaced, only their data. `names` are in the order of the views. The gaps between views
+    hold zeros and stay zero, since their gradients are always zero.
     """
 
     def __init__(self, named: Iterable[tuple[str, nn.Parameter]]):
@@ -33,7 +34,7 @@ class Flat:
         self.tie_()
 
     def tie_(self) -> None:
-        """Make every parameter a view again, keeping its present value; nothing happens to those that still are."""
+        """Turn parameters whose data was replaced into views again, with their present values."""
         for p, view, grad in zip(self.parameters, self.views, self.grad_views, strict=True):
             if p.data_ptr() != view.data_ptr():
                 view.copy_(p.detach())
@@ -41,7 +42,7 @@ class Flat:
             p.grad = grad
 
     def non_finite(self) -> list[str]:
-        """Names of the parameters that hold a NaN or an infinity (waits for the device)."""
+        """Names of the parameters that hold a NaN or an infinity. Waits for the device."""
         return [name for name, p in zip(self.names, self.parameters, strict=True) if not torch.isfinite(p.detach()).all()]
 
     def __len__(self) -> int:
@@ -49,12 +50,12 @@ class Flat:
 
 
 class Optimizer:
-    """One fused AdamW over flat vectors, each with its own learning rate; the rates and the moments live on the device.
+    """One fused AdamW over flat vectors, each with its own learning rate. Rates and moments are on the device.
 
-    The moments exist from the start and are written in place for good, so that a captured step finds them where they were.
+    The moments are allocated here and only written in place after that, so that a captured step may use their addresses.
     """
 
-    # nothing that changes from step to step is kept by the host
+    # the host keeps nothing that changes from step to step
     capturable = True
 
     def __init__(self, rates: list[tuple[Flat, float]], betas: tuple[float, float], weight_decay: float):
@@ -71,17 +72,17 @@ class Optimizer:
         device = self.flats[0].values.device
         self.rates = [torch.tensor(rate, device=device) for rate in self.peaks]
         groups = [{"params": [flat.values], "lr": lr} for flat, lr in zip(self.flats, self.rates, strict=True)]
-        # on a GPU torch wants to be told that the step may be captured; the arithmetic is the same
+        # torch asks for this on a GPU if the step may be captured; the arithmetic is the same
         capturable = device.type == "cuda"
         self.adamw = torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=True, capturable=capturable)
-        # and else warns at the first step that is not, such as those before a capture
+        # or torch warns at the first uncaptured step, such as those before a recording
         self.adamw._warned_capturable_if_run_uncaptured = True
-        # torch makes the moments in the first step: here one that moves nothing
+        # torch allocates the moments in the first step: make one whose rate is zero
         self.set_rate_(0.0)
         self.adamw.step()
 
     def reset_(self) -> None:
-        """Forget the moments and the step count, in place."""
+        """Zero the moments and the step count in place, and make parameters views again."""
         for moment in self.moments().values():
             moment.zero_()
         for flat in self.flats:
@@ -89,17 +90,17 @@ class Optimizer:
             flat.grads.zero_()
 
     def moments(self) -> dict[str, Tensor]:
-        """What the optimizer remembers from step to step, "I.KEY" for its I-th vector: the count of steps, and the moments."""
+        """What the optimizer keeps from step to step, moments and the count of steps: "I.KEY" for its I-th vector."""
         states = [self.adamw.state[flat.values] for flat in self.flats]
         return {f"{i}.{key}": value for i, state in enumerate(states) for key, value in sorted(state.items())}
 
     def restore_(self, moments: dict[str, Tensor]) -> None:
-        """Put back what `moments` returned in a step of the same task."""
+        """Set what `moments` returned at some step of the same task."""
         for name, moment in self.moments().items():
             moment.copy_(moments[name])
 
     def tensors(self) -> list[Tensor]:
-        """What `step_` reads and writes beside parameters and gradients."""
+        """The tensors that `step_` reads and writes, apart from parameters and gradients."""
         return [*self.moments().values(), *self.rates]
 
     def set_rate_(self, factor: float) -> None:

@@ -1,4 +1,4 @@
-"""A concept's pictures as latents: several crops of each, encoded once, resampled from mean and deviation at each step."""
+"""A concept's pictures as latents: several crops of each are encoded once, and each step samples from their posteriors."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TENSORS = ("mean", "deviation", "picture", "frames")
 
 @dataclass(frozen=True)
 class LatentBank:
-    """n variants of the pictures of one concept.
+    """The latents of n variants of a concept's pictures.
 
     mean, deviation   [n, c, h, w] fp32, of the posterior q(z | picture), not yet scaled
     picture           [n] int64: which picture a variant shows
-    frames            [n, 4] fp32: height and width of the picture as it was resized, top and left of the crop (pixels)
+    frames            [n, 4] fp32: see `images.crop`
     scale, shift      the VAE's: the U-Net sees (z - shift) * scale
     """
 
@@ -43,7 +43,7 @@ class LatentBank:
         return len(self.mean)
 
     def __add__(self, other: LatentBank) -> LatentBank:
-        """The variants of both, those of `other` behind; its pictures are counted on from this one's."""
+        """The variants of both banks. Those of `other` come last, and its pictures are numbered after this one's."""
         after = dataclasses.replace(other, picture=other.picture + int(self.picture.max()) + 1)
         joined = {name: torch.cat([getattr(self, name), getattr(after, name)]) for name in TENSORS}
         return dataclasses.replace(self, **joined)
@@ -54,7 +54,9 @@ class LatentBank:
 
 
 def variants(images: list[Tensor], size: int | tuple[int, int], count: int, least: float, flip: bool, seed: int):
-    """`count` parts of each picture (see `crop`), the middle one whole first, then random ones.
+    """Crop each picture `count` times (`images.crop`): first the largest part in the middle, then random parts.
+
+    least: the least side of a random part, as a share of the largest one.
 
     Returns parts [n, 3, h, w] in [-1, 1], the picture that each shows [n] int64, and their frames [n, 4].
     """
@@ -73,10 +75,10 @@ def variants(images: list[Tensor], size: int | tuple[int, int], count: int, leas
 
 
 @contextlib.contextmanager
-def full_precision(vae):
-    """The VAE in fp32 for a while: the encoders of Stable Diffusion XL overflow in half precision."""
+def vae_in_fp32(vae):
+    """Hold the VAE in fp32 within the block: that of Stable Diffusion XL overflows in half precision."""
     before = next(vae.parameters()).dtype
-    # plain Module.to: the override in diffusers logs a warning about modules that ask for fp32, which is what this gives
+    # plain Module.to, since that of diffusers warns about modules that must stay in fp32
     try:
         yield torch.nn.Module.to(vae, torch.float32)
     finally:
@@ -85,9 +87,9 @@ def full_precision(vae):
 
 @torch.no_grad()
 def encode(vae, parts: Tensor, picture: Tensor, frames: Tensor, batch: int) -> LatentBank:
-    """The posterior of every variant, `batch` at a time. parts [n, 3, height, width] in [-1, 1]."""
+    """Encode variants, `batch` at a time. parts [n, 3, height, width] in [-1, 1]; picture, frames: as in `LatentBank`."""
     device = next(vae.parameters()).device
-    with full_precision(vae):
+    with vae_in_fp32(vae):
         posteriors = [vae.encode(part.to(device)).latent_dist for part in parts.split(batch)]
     shift = vae.config.get("shift_factor", None)
     return LatentBank(
@@ -97,16 +99,16 @@ def encode(vae, parts: Tensor, picture: Tensor, frames: Tensor, batch: int) -> L
 
 
 def cached(folder: Path, key: tuple, vae, make: Callable[[], LatentBank], write: bool = True) -> LatentBank:
-    """The bank that `make` encodes, or the one that it left in `folder` before, with the same bits.
+    """The bank that `make` encodes, read from `folder` if it is there. The bits are the same.
 
-    key    plain values that tell apart what is encoded: hashes of pictures and VAE, and how the pictures are cut
-    write  whether a new bank is stored
+    key    plain values on which the bank depends: digests of pictures and VAE, and how the pictures are cut
+    write  whether to store a new bank
 
     Raises FileError for a file that is damaged.
     """
     device = next(vae.parameters()).device
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    # another library or machine may round elsewhere
+    # another version of torch, or another machine, may round otherwise
     name = sha256(repr((key, torch.__version__, device.type, machine)).encode())
     path = Path(folder) / f"{name}.safetensors"
     if path.is_file():

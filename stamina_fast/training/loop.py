@@ -1,4 +1,4 @@
-"""`train`: attach once, then for every concept fresh factors, N steps, fold, store; at the end a plain pipeline."""
+"""`train`: attach once; for every concept take fresh factors, make N steps, fold, store; leave a plain pipeline."""
 
 from __future__ import annotations
 
@@ -42,31 +42,32 @@ from .unet import prepared, stepping
 def train(
     model, concepts: str | Path | Sequence[Concept], output: str | Path, *, method: str = "stamina",
     config: StaminaConfig | None = None, options: TrainOptions | None = None, device=None, dtype: torch.dtype | None = None,
-    resume: bool = False, progress: bool = True, on_task: Callable | None = None, on_step: Callable | None = None, **changes,
+    resume: bool = False, progress: bool = True, on_task: Callable | None = None, on_step: Callable | None = None,
+    **changes,
 ) -> Run:
     """Teach `model` the concepts one after another, folding each into its weights, and return the RUN folder.
 
-    model     a Stable Diffusion 1.5, 2.1 or XL pipeline (left folded and plain), a diffusers folder, a hub id in the local
-              cache, or "tiny"
+    model     a Stable Diffusion 1.5, 2.1 or XL pipeline, which is left folded and plain; or a diffusers folder, a hub id in
+              the local cache, or "tiny"
     concepts  a folder with one folder of pictures a concept, a concepts_list.json, or a list of Concept
-    output    the RUN folder: new or empty, or with `resume` one whose finished concepts are kept and not learned again
-    method    a name in `methods.METHODS`; config and options are its starting point, and **changes are fields of either
-              (`steps=300, rank=8, seed=1`)
-    device, dtype   where and in what the model runs (`load_pipeline`); factors, losses and masters are fp32 in any case
-    on_task   called as on_task(pipeline, run, concept) when a concept is folded and stored, the model being plain to sample
+    output    the RUN folder, which must be new or empty
+    method    a name in `methods.METHODS`
+    config, options   where the method starts from; **changes are fields of either (`steps=300, rank=8, seed=1`)
+    device, dtype     where the model runs and in which dtype (`load_pipeline`); factors, losses and masters are always fp32
+    resume    go on with the run in `output`: its finished concepts are kept and not learned again
+    on_task   called as on_task(pipeline, run, concept) when a concept is folded and stored; the pipeline can be sampled then
+    on_step   called as on_step(step, task, i) before step i of a task is made; both count from 0. `step` is the `step.Step`
+              that will run, and `step.buffers` holds the batch that it will read
 
-    on_step   called as on_step(step, task, i) when step i of a task is about to run; both count from 0. The batch, the rate and
-              the temperature are in place: `step.buffers` holds what the step will read (see `step.Step`)
+    Several processes, started by torchrun or accelerate launch, train one model together (`ranks`). Each takes options.batch
+    pictures a step; gradients are averaged, so that all have the same bits. Rank 0 shows progress, calls on_task and writes
+    the RUN folder, which all ranks must see. Every rank calls on_step.
 
-    Several processes that torchrun or accelerate launch has started train one model together (`ranks`): options.batch pictures
-    each, one gradient, the same bits. Rank 0 writes the RUN folder, which all must see, shows progress and calls on_task;
-    on_step is called on every rank.
-
-    Every picture is checked before a file is written, without decoding it (`images.check_image`); it is decoded once, when its
-    task begins. Damage that only decoding shows stops the run there, and the concepts before it are kept.
+    Every picture is checked before a file is written, as far as that needs no decoding (`images.check_image`). It is decoded
+    once, when its task begins. Damage that only decoding shows stops the run then, and the concepts before it are kept.
 
     Everything random is a function of (seed, task, step), so a run that is killed and resumed ends in the same bits. Raises
-    StaminaError in one line; a concept whose numbers stop being finite is rolled back, and the concepts before it are kept.
+    StaminaError in one line. A concept whose numbers stop being finite is rolled back, and the concepts before it are kept.
     """
     config, options = settings(method, config or StaminaConfig(), options or TrainOptions(), changes)
     check_optimizer(options.optimizer)
@@ -86,7 +87,7 @@ def train(
         with frozen(pipeline), prepared(pipeline.unet, options):
             adapters = attach(pipeline, config)
             try:
-                # everything that can be refused is refused before a file is written
+                # whatever can be refused is refused before a file is written
                 trainer = Trainer(pipeline, adapters, concepts, config, options, ranks)
                 run = open_run(Path(output), record, resume, ranks)
                 trainer.restore(run)
@@ -99,7 +100,7 @@ def train(
 
 
 def save_model(pipeline, run: Run) -> None:
-    """The folded pipeline as RUN/model, wholly there or not at all."""
+    """Write the folded pipeline as RUN/model, completely or not at all."""
     with no_bars(), new_folder(run.path / "model", replace=True) as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)
 
@@ -133,7 +134,7 @@ class Trainer:
         self.captured: dict[CropSize, Captured] = {}
 
     def restore(self, run: Run) -> None:
-        """Bring back the finished tasks of the run, from W_0 and the stored factors."""
+        """Rebuild the weights after the run's finished tasks, from W_0 and the stored factors."""
         reopen.restore(self.adapters, run, [task["name"] for task in run.tasks()])
 
     def learn(self, run: Run, shown: bool, on_task: Callable | None, on_step: Callable | None) -> None:
@@ -217,9 +218,9 @@ class Trainer:
         parts, prior = self.options.accumulate, self.options.prior_weight
         buffers = Buffers.empty(self.options.batch * (2 if prior else 1), latent, lengths, self.device)
         weights = self.config.sparsity_weight, self.config.forgetting_weight
-        share = row_weights(self.options.batch, parts, prior, self.device)
+        of_rows = row_weights(self.options.batch, parts, prior, self.device)
         return Step(self.backbone, self.adapters, self.diffusion, optimizer, buffers, self.options.steps, weights,
-                    self.options.gradient_clip, parts, share, self.ranks)
+                    self.options.gradient_clip, parts, of_rows, self.ranks)
 
     def fill_(self, data: TaskData, i: int) -> Captured:
         """Put in place whatever step i takes from outside; return the step that will run."""
@@ -231,8 +232,8 @@ class Trainer:
         return captured
 
     def check(self, concept: Concept) -> None:
-        """Raise StaminaError where a step met a number that is not finite, or where another rank has stopped."""
-        # before the device is waited for, whose step may be waiting for a rank that has stopped
+        """Raise StaminaError if a step met a number that is not finite, or if another rank has stopped."""
+        # first, since waiting for the device may mean waiting for a rank that has stopped
         self.ranks.meet()
         found = self.step.trouble()
         if found is not None:
@@ -249,7 +250,10 @@ class Trainer:
         ]
 
     def finish(self, run: Run, task: int, curve: list[dict], seconds: float) -> None:
-        """Fold the factors and the token, if all of them are finite, and store the task, if all ranks have the same bits."""
+        """Fold the factors and the token, and store the task.
+
+        Raises StaminaError if a parameter is not finite, or if the ranks do not have the same bits.
+        """
         concept, adapters = self.concepts[task], self.adapters
         wrong = [name for flat in self.step.optimizer.flats for name in flat.non_finite()]
         if wrong:
@@ -272,7 +276,7 @@ class Trainer:
         run.commit_task(concept.name, self.adapters.tasks[concept.name], embeddings, curve, info, folded_by=self.folded_by())
 
     def folded_by(self) -> dict[str, str]:
-        """Whose bits the folded weights are."""
+        """The backend and the device that folded the weights: others may round elsewhere."""
         dtype = self.pipeline.unet.dtype
         gpu = self.device.type == "cuda"
         name = torch.cuda.get_device_name(self.device) if gpu else platform.machine()

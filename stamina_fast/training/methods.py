@@ -1,6 +1,6 @@
-"""The methods by name: STAMINA, the baselines it is compared with, and the ablations of its mask, each as changed options.
+"""The methods by name, each as changed options: STAMINA, the baselines it is compared with, and ablations of its mask.
 
-All of them run through the same operators, trainer and fold-back, so that a difference in results is a difference in method.
+All run through the same operators, trainer and fold, so that a difference in results comes from the method.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from .options import TrainOptions
 
 @dataclass(frozen=True)
 class Method:
-    """What a method fixes, and what it proposes where nothing else is asked for.
+    """The options that a method sets.
 
-    config    fields of StaminaConfig that make the method what it is: they replace whatever the config says
-    options   the same for the trainer's options
-    proposes  penalty weights that replace a weight of 0 in the config; any other weight is kept
+    config    fields of StaminaConfig that define the method: they replace those of the given config
+    options   the same for TrainOptions
+    proposes  penalty weights that replace a weight of 0; any other weight is kept
     """
 
     summary: str

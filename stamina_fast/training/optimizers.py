@@ -1,4 +1,4 @@
-"""The optimizers by name: AdamW of torch, or one of a library of its own over the same flat vectors."""
+"""The optimizers by name: torch's AdamW, or that of another library over the same flat vectors."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor
 from ..errors import InputError
 from .flat import Flat, Optimizer
 
-# {option: (module, class, the extra that installs it, arguments of its own)}; for prodigy what its authors advise for diffusion
+# {option: (module, class, the extra that installs it, its own arguments)}; prodigy has those its authors advise for diffusion
 LIBRARIES = {
     "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", "8bit", {}),
     "prodigy": ("prodigyopt", "Prodigy", "prodigy", {"use_bias_correction": True, "safeguard_warmup": True}),
 }
-# what prodigy keeps beside its parameter's state and changes from step to step
+# numbers that prodigy changes from step to step and keeps in its parameter group, not in its state
 NUMBERS = ("k", "d", "d_max", "d_numerator")
 
 
 def check_optimizer(name: str) -> None:
-    """Raise InputError, with how to install it, for an optimizer whose library is not there."""
+    """Raise InputError, which says how to install it, for an optimizer whose library is missing."""
     if name in LIBRARIES:
         class_of(name)
 
@@ -41,9 +41,9 @@ def make_optimizer(name: str, rates: list[tuple[Flat, float]], betas: tuple[floa
 
 
 class Hosted(Optimizer):
-    """A library's optimizer, one for each flat vector, since each has its own rate (and prodigy finds one for each).
+    """Another library's optimizer: one for each flat vector, so that each has its own rate, or prodigy finds one for each.
 
-    It takes the rate from Python and counts there, so that no captured step can hold it.
+    It reads the rate from Python and counts steps there, so its update cannot be captured.
     """
 
     capturable = False
@@ -53,7 +53,7 @@ class Hosted(Optimizer):
         super().__init__(*others)
 
     def _start(self, betas: tuple[float, float], weight_decay: float) -> None:
-        # the rate comes later: prodigy takes none of zero here
+        # `set_rate_` sets the rate; prodigy refuses a rate of zero here
         options = LIBRARIES[self.name][3] | {"lr": 1.0, "betas": betas, "weight_decay": weight_decay}
         self.optimizers = [class_of(self.name)([flat.values], **options) for flat in self.flats]
         self.groups = [optimizer.param_groups[0] for optimizer in self.optimizers]
@@ -67,20 +67,20 @@ class Hosted(Optimizer):
             rate = group["lr"]
             optimizer.state.clear()
             group.update(fresh, lr=0.0)
-            # a first step that moves nothing makes what is remembered, and counts
+            # a first step with a rate of zero allocates the state; it must not count
             optimizer.step()
             group["lr"] = rate
             optimizer.state[flat.values]["step"] = 0
 
     def _memory(self) -> Iterator[tuple[str, dict, str]]:
-        """(name, dictionary, key in it) of everything that lasts from one step to the next."""
+        """(name, dictionary, key in it) of everything that is kept from one step to the next."""
         for i, (optimizer, group, flat) in enumerate(zip(self.optimizers, self.groups, self.flats, strict=True)):
             state = optimizer.state[flat.values]
             yield from ((f"{i}.{key}", state, key) for key in sorted(state))
             yield from ((f"{i}.{key}", group, key) for key in NUMBERS if key in group)
 
     def moments(self) -> dict[str, Tensor]:
-        """As of AdamW; numbers that Python keeps are 0-dim fp64."""
+        """As `Optimizer.moments`; numbers kept by Python are returned as 0-dim fp64."""
         found = {name: memory[key] for name, memory, key in self._memory()}
         return {name: m if isinstance(m, Tensor) else torch.tensor(m, dtype=torch.float64) for name, m in found.items()}
 

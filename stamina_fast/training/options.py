@@ -1,4 +1,4 @@
-"""How to train, as data: checked once, written into the RUN folder, compared when a run is resumed."""
+"""The options of the trainer: checked once, written into the RUN folder, compared when a run is resumed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from ..errors import InputError
 
-# "sdpa": torch chooses; then its kernels by name, a library of its own, and whichever kernel is fastest here
+# "sdpa": torch chooses a kernel; then torch's kernels by name, another library, and the fastest of torch's kernels
 ATTENTION = ("sdpa", "math", "flash", "efficient", "cudnn", "xformers", "measured")
 OPTIMIZERS = ("adamw", "adamw8bit", "prodigy")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -17,35 +17,38 @@ SCHEDULES = ("constant", "linear", "cosine")
 class TrainOptions:
     """Everything about training that is not the method itself (that is `StaminaConfig`).
 
-    steps, batch            optimizer steps of a concept, and pictures in a step, of each process where there are several
-    optimizer               "adamw"; "adamw8bit": its moments in 8 bits (bitsandbytes); "prodigy": finds the size of its steps
-                            itself (prodigyopt, arXiv 2306.06101). A CUDA graph holds the whole step with the first alone
-    learning_rate           of the low-rank factors and the masks; None: 1e-3; with prodigy a factor on what it finds, None: 1
-    token_learning_rate     of the MLP that makes the concept's token; None: 5e-3; with prodigy 1
-    scale_lr                both rates are for 4 pictures a step, and grow with them: times batch, times processes, over 4
-    lr_schedule, warmup     "constant", "linear" or "cosine" fall to zero over a concept, after `warmup` steps of linear rise
-    betas, weight_decay     of the optimizer; the decay pulls the residual to zero, so it is off by default
+    steps                   optimizer steps of a concept
+    batch                   pictures in a step, of each process if there are several
+    optimizer               "adamw"; "adamw8bit": moments in 8 bits (bitsandbytes); "prodigy": finds its step size itself
+                            (prodigyopt, arXiv 2306.06101). Only adamw's update is part of a captured step
+    learning_rate           of the low-rank factors and the masks; None: 1e-3, or 1 for prodigy, whose step size it multiplies
+    token_learning_rate     of the MLP that makes the concept's token; None: 5e-3, or 1 for prodigy
+    scale_lr                multiply both rates by batch · processes / 4: the defaults are meant for 4 pictures a step
+    lr_schedule             "constant", or "linear" or "cosine", which fall to zero over a concept
+    warmup                  steps of linear rise before that
+    betas, weight_decay     of the optimizer; decay pulls the residual to zero, so it is off by default
     gradient_clip           largest L2 norm of the whole gradient; None: no clipping
     min_snr                 gamma of min-SNR weighting (5 is usual); None: every timestep counts the same
     resolution              side of the square crops in pixels; None: the model's own
-    aspect_buckets          crops are not square but of the shape nearest to each picture's, among those of about resolution²
-                            pixels with sides in multiples of 8 latents (64 pixels). A batch is of one shape, which has a CUDA
-                            graph, and its memory, of its own
-    prior_weight            of the class pictures in the loss (prior preservation): as many of them in a step as of the concept;
-                            0: none, and they need not be there
-    crops, crop_scale       variants of each picture that are encoded once; the least side of one as a share of the picture's
-    flip                    half of the variants are mirrored
-    seed                    of everything random, with the task and the step
+    aspect_buckets          crop each picture to the allowed size nearest to its aspect ratio instead of to a square. Allowed
+                            are sizes of about resolution² pixels with sides in multiples of 8 latents (64 pixels). A batch
+                            has one size; each size has its own CUDA graph, which takes memory
+    prior_weight            weight of the class pictures in the loss (prior preservation). A step then has as many of them as
+                            of the concept's; 0: none are used
+    crops                   variants of each picture that are encoded, once
+    crop_scale              least side of a variant, as a share of the largest possible one
+    flip                    mirror half of the variants
+    seed                    of everything random, together with the task and the step
     accumulate              parts in which the batch goes through the model, one after another: less memory, more time
-    gradient_checkpointing  the U-Net recomputes its activations: less memory, more time
-    channels_last           the U-Net's convolutions in channels-last order, the one that tensor cores read
+    gradient_checkpointing  recompute the U-Net's activations in the backward pass: less memory, more time
+    channels_last           the U-Net's convolutions in channels-last order, which tensor cores read
     compile                 torch.compile of the U-Net's repeating blocks, which takes a minute or more once
-    attention               "sdpa": torch chooses; one of its kernels, "math", "flash", "efficient" or "cudnn"; "xformers"; or
-                            "measured": the fastest kernel here, which the run keeps when it is resumed
-    cache_latents           folder that keeps encoded pictures for another run; None: they are encoded again
-    read_every              steps between two looks of the host at losses and non-finite values (each waits for the device)
-    save_every              steps between two checkpoints, from which --resume goes on within a concept; 0: none
-    capture                 the step as one CUDA graph, with the same results; None: wherever there is a GPU
+    attention               "sdpa": torch chooses a kernel; "math", "flash", "efficient", "cudnn": torch's kernel of that name;
+                            "xformers"; "measured": the fastest of torch's kernels here, which a resumed run keeps
+    cache_latents           folder that keeps encoded pictures for other runs; None: they are encoded again
+    read_every              steps between reads of losses and non-finite values from the device; each waits for the device
+    save_every              steps between checkpoints within a concept, from which --resume goes on; 0: none
+    capture                 run the step as one CUDA graph, with the same results; None: if there is a GPU
     """
 
     steps: int = 500
@@ -131,18 +134,18 @@ class TrainOptions:
             raise InputError(f"{name} must be {bound}, got {value!r}; pass a finite number")
 
     def rate(self, step: int) -> float:
-        """The factor on both learning rates at `step`, counted from 0."""
+        """The schedule's factor on both learning rates at `step`, which counts from 0."""
         if step < self.warmup:
             return (step + 1) / (self.warmup + 1)
         done = (step - self.warmup) / max(1, self.steps - self.warmup)
         return {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[self.lr_schedule]
 
     def scale(self, processes: int) -> float:
-        """The factor on both learning rates for the pictures of a step; 1 unless `scale_lr`."""
+        """The factor of `scale_lr` on both learning rates; 1 without it."""
         return self.batch * processes / TrainOptions.batch if self.scale_lr else 1.0
 
     def learning_rates(self, processes: int) -> tuple[float, float]:
-        """Of factors and masks, and of the token, where so many processes make a step."""
+        """(rate of factors and masks, rate of the token) for this many processes, before the schedule."""
         usual = (1.0, 1.0) if self.optimizer == "prodigy" else (1e-3, 5e-3)
         rates = zip((self.learning_rate, self.token_learning_rate), usual, strict=True)
         return tuple((default if given is None else given) * self.scale(processes) for given, default in rates)

@@ -1,8 +1,8 @@
-"""Several processes that train one model: each takes its rows of a step's batch, and all of them make the same step.
+"""Several processes (ranks) that train one model: each takes its rows of a step's batch, and all make the same update.
 
-`torchrun` and `accelerate launch` start them, and say in the environment who is who. Gradients are averaged by one all-reduce
-a step (gloo on a CPU, nccl on a GPU). Beside it the ranks meet: each says a line, and hears everybody's. What stops one rank
-is said there, so that it stops all of them, with its reason.
+`torchrun` and `accelerate launch` start them and set their numbers in the environment. One all-reduce a step averages the
+gradients (gloo on a CPU, nccl on a GPU). `meet()` all-gathers one short text line per rank. A rank that fails sends its reason
+there, so that all ranks stop with that reason.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from torch import Tensor
 
 from ..errors import InputError, StaminaError
 
-# the longest that ranks wait for one another: rank 0 may draw pictures, or encode more of them, in the meantime
+# timeouts: in training, where rank 0 may be drawing pictures for on_task; at the start; and of a rank that has lost another
 PATIENCE = timedelta(minutes=30)
-# and for a first or a last word
 GREETING, PARTING = timedelta(minutes=5), timedelta(seconds=10)
+# bytes of a line, of which the first says how its rank is: it goes on, it fails, or it has lost another rank
 LINE = 1024
 WELL, STOPS, LOST = b"+", b"!", b"?"
 
 
 class LostError(StaminaError):
-    """Another rank is gone, or does not answer."""
+    """Another rank has died or does not answer."""
 
 
 @contextlib.contextmanager
 def together(patience: timedelta | None = None) -> Iterator[Ranks]:
-    """The ranks of which the environment says that this process is one; alone where it says nothing.
+    """The `Ranks` that the environment describes; a single one where it describes none.
 
-    Every rank must leave the block at the same place. An error in it is told to the others, which raise StaminaError with
-    that reason at their next meeting; where an error is only that another rank is gone, the reason of that one is raised.
+    Every rank must leave the block at the same place. An error in the block is sent to the other ranks, which raise
+    StaminaError with its text at their next meeting. A LostError is replaced by the reason of the rank that was lost.
     """
     ranks = _from_environment(patience or PATIENCE)
     try:
@@ -50,22 +50,20 @@ def together(patience: timedelta | None = None) -> Iterator[Ranks]:
 
 
 def rank_here() -> int:
-    """The number of this process, 0 where it is alone: 0 is the one that writes and reports."""
+    """The number of this process, 0 where it is the only one. Rank 0 writes files and shows progress."""
     return _number("RANK") if _count() > 1 else 0
 
 
 class Ranks:
-    """This process as number `rank` of `count`, `local` on its machine. One alone talks to nobody, at no cost."""
+    """This process as number `rank` of `count`, and number `local` on its machine. A single process sends nothing."""
 
     def __init__(self, rank: int = 0, count: int = 1, local: int = 0, patience: timedelta = PATIENCE, owns: bool = False):
         self.rank, self.count, self.local, self.patience, self.owns = rank, count, local, patience, owns
         self.messages = dist.new_group(backend="gloo", timeout=patience) if count > 1 else None
         self.gradients, self.over = None, count == 1
 
-    # where and what
-
     def device(self, wanted: str | torch.device | None) -> str | torch.device | None:
-        """The device of this rank: a GPU of its own, by its number on the machine, where `wanted` or the machine has GPUs."""
+        """The device of this rank: `wanted`, or with several ranks on GPUs the one with this rank's local number."""
         if self.count == 1:
             return wanted
         device = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -80,22 +78,22 @@ class Ranks:
         return torch.device("cuda", self.local)
 
     def rows(self, batch: int) -> tuple[int, slice]:
-        """(size of the whole batch, this rank's rows of it) where each rank takes `batch` rows."""
+        """(size of the batch over all ranks, this rank's rows of it), where each rank takes `batch` rows."""
         return self.count * batch, slice(self.rank * batch, (self.rank + 1) * batch)
 
     def connect(self, device: torch.device) -> None:
-        """Make ready to average tensors on `device`. Raises StaminaError unless it is of one kind on all ranks."""
+        """Prepare `average_` for tensors on `device`. Raises StaminaError unless all ranks have the same kind of device."""
         if self.count == 1:
             return
         self.agree(device.type, "trains on another kind of device")
         backend = "nccl" if device.type == "cuda" else "gloo"
         self.gradients = dist.new_group(backend=backend, timeout=self.patience)
-        # nccl connects at its first call, which must not be a captured one
+        # nccl connects at its first call, which must not be captured
         self.average_([torch.zeros(1, device=device)])
 
     @torch.no_grad()
     def average_(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor (one dtype, one device) by its mean over the ranks, with one all-reduce of them side by side."""
+        """Replace each tensor by its mean over the ranks, with one all-reduce for all. They have one dtype and one device."""
         if self.count == 1:
             return
         packed = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -107,10 +105,11 @@ class Ranks:
         for tensor, mean in zip(tensors, packed.split([tensor.numel() for tensor in tensors]), strict=True):
             tensor.copy_(mean.view_as(tensor))
 
-    # meetings
-
     def meet(self, line: str = "") -> list[str]:
-        """What every rank says, by rank, once all of them have come here. Raises StaminaError where one has stopped instead."""
+        """All-gather one short line per rank; return them in the order of ranks.
+
+        Waits until all ranks are here. Raises StaminaError if one has stopped.
+        """
         if self.count == 1:
             return [line]
         said = self._gather(WELL, line, self.patience)
@@ -122,7 +121,7 @@ class Ranks:
         return [text for _, text in said]
 
     def agree(self, text: str, difference: str) -> None:
-        """Raise StaminaError, `difference` said of one rank, unless all ranks say the same `text` here."""
+        """Raise StaminaError, "rank N `difference`", unless `text` is the same on all ranks."""
         said = self.meet(text)
         usual = Counter(said).most_common(1)[0][0]
         for rank, other in enumerate(said):
@@ -130,11 +129,11 @@ class Ranks:
                 raise StaminaError(f"rank {rank} {difference}; rank {said.index(usual)} is the measure")
 
     def leave(self, error: BaseException) -> None:
-        """Tell the others why this rank stops. Raises their reason where this one stops only because another is gone."""
+        """Send the reason why this rank stops to the others. If it stops because it lost one, raise the reason of that one."""
         if self.over:
             return
         self.over, lost = True, isinstance(error, LostError)
-        # those who wait for this rank's gradients on a CPU are woken; on a GPU the host does not wait for them
+        # wakes the ranks that wait for this one's gradients on a CPU; on a GPU the host does not wait for gradients
         if self.gradients is not None and dist.get_backend(self.gradients) == "gloo":
             dist.destroy_process_group(self.gradients)
             self.gradients = None
@@ -150,7 +149,7 @@ class Ranks:
             raise StaminaError(reason) from error
 
     def close(self) -> None:
-        """Take leave when all is done. Raises StaminaError where another rank fails at the very end."""
+        """Wait for all ranks, then close the connections. Raises StaminaError if another rank failed last."""
         if self.count == 1:
             return
         self.meet()
@@ -158,7 +157,10 @@ class Ranks:
         self._disband()
 
     def _disband(self, failed: bool = False, gone: bool = False) -> None:
-        """Close the groups. What may wait for a rank that has `failed`, or is `gone`, is left as it is, or aborted on a GPU."""
+        """Close the process groups.
+
+        After a rank has `failed` or is `gone`, closing one may wait for it. Such groups are left open, or aborted on a GPU.
+        """
         groups = [group for group in (self.gradients, self.messages) if group is not None]
         on_gpu = self.gradients is not None and dist.get_backend(self.gradients) == "nccl"
         if failed and on_gpu:
@@ -181,7 +183,7 @@ class Ranks:
         return [(text[:1], text[1:].decode(errors="replace")) for text in whole]
 
     def _lost(self, error: Exception) -> LostError:
-        # without the place in the library's source, and its advice
+        # the library's message without its source location and its advice
         why = re.sub(r"^\[\S*\] ", "", str(error).strip()).split(". ")[0].splitlines()
         return LostError(
             f"rank {self.rank} lost another process ({why[0] if why else type(error).__name__}); see what that one said, and "
@@ -190,7 +192,7 @@ class Ranks:
 
 
 def _reason(said: list[tuple[bytes, str]]) -> str | None:
-    """Why the ranks stop: what the first that stopped by itself said, or else that one is gone."""
+    """Why the ranks stop: the line of the first rank that failed, else of the first that lost another; None if none did."""
     for wanted in (STOPS, LOST):
         for rank, (kind, line) in enumerate(said):
             if kind == wanted:

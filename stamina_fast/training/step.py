@@ -1,4 +1,4 @@
-"""One optimizer step over fixed buffers: no tensor is read by the host, no buffer changes its address."""
+"""One optimizer step over fixed buffers: the host reads no tensor, and no buffer changes its address."""
 
 from __future__ import annotations
 
@@ -17,19 +17,20 @@ from .flat import Optimizer
 from .ranks import Ranks
 
 LOSSES = ("loss", "denoising", "sparsity", "forgetting", "gradient")
-# how what the parts of a batch return becomes one: the largest values, then the loss and its terms
+# how the results of the parts of a batch are joined: the largest magnitudes, then the loss and its terms
 JOINS = (torch.maximum, *[torch.add] * 4)
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """What a step reads, at fixed addresses; b the batch.
+    """What a step reads, at fixed addresses. b is the batch.
 
     latents, noise   [b, c, h, w] fp32: clean scaled latents and the noise put on them
     t                [b] int64 timesteps
     ids              one [b, length] int64 for each text encoder
     frames           [b, 6] fp32: original height and width, top and left of the crop, target height and width (pixels)
-    seed, clock      0-dim int64: of the gate's noise stream; the step, counted on by the step itself
+    seed             0-dim int64, of the gate's noise stream
+    clock            0-dim int64, the index of the step; the step itself increments it
     tau              0-dim fp32, temperature of the gate's gradient
     """
 
@@ -52,12 +53,12 @@ class Buffers:
         )
 
     def of_shape(self, shape: tuple[int, int, int]) -> Buffers:
-        """The same buffers but for latents and noise, which are [b, *shape]."""
+        """The same buffers, except that latents and noise are new ones of shape [b, *shape]."""
         latents, noise = (torch.zeros(len(self.t), *shape, device=self.t.device) for _ in range(2))
         return replace(self, latents=latents, noise=noise)
 
     def parts(self, count: int) -> list[Buffers]:
-        """`count` equal shares of the batch, as views."""
+        """The batch in `count` equal parts, as views."""
         latents, noise, t, frames, *ids = (x.chunk(count) for x in (self.latents, self.noise, self.t, self.frames, *self.ids))
         parts = zip(latents, noise, t, zip(*ids, strict=True), frames, strict=True)
         return [Buffers(*part[:3], list(part[3]), part[4], self.seed, self.clock, self.tau) for part in parts]
@@ -67,24 +68,26 @@ class Buffers:
 
 
 class Step:
-    """loss = denoising + sparsity_weight · sparsity + forgetting_weight · forgetting, its gradient, clipping, update.
+    """loss = denoising + sparsity_weight · sparsity + forgetting_weight · forgetting; then gradient, clipping, update.
 
-    The batch goes through the model in `accumulate` equal parts, whose gradients are summed: the mask, and so the noise of its
-    gate, is one for all of them, and the penalties are counted once. `share` [batch / accumulate] fp32, or None for ones, is
-    what a picture of a part counts in the denoising loss. Gradients and losses are the means over `ranks`, so that what
-    follows, clipping first, is the same on all of them.
+    accumulate   equal parts in which the batch goes through the model. Their gradients are summed. All parts have the same
+                 mask, drawn with the same noise, so the penalties are counted once
+    row_weights  the weight of each row of a part in the denoising loss, fp32 [batch / accumulate]; None: all 1
+    ranks        gradients and losses are averaged over them before clipping, so that all ranks make the same update
+    losses       [steps, 5] fp32, a row for each step (see LOSSES)
+    bad_step     0-dim int64: the first step that met a NaN or an infinity, or -1
+    bad          [len(watched)] bool: which of the watched values were not finite then
 
-    `losses` [steps, 5] fp32 takes a row a step (see LOSSES). `bad_step` is the first step that met a NaN or an infinity, or
-    -1, and `bad` says where: both stay on the device until `trouble()` is asked.
+    `bad_step` and `bad` stay on the device; `trouble()` reads them.
     """
 
     def __init__(self, backbone: Backbone, adapters, diffusion: Diffusion, optimizer: Optimizer, buffers: Buffers,
                  steps: int, weights: tuple[float, float], clip: float | None, accumulate: int = 1,
-                 share: Tensor | None = None, ranks: Ranks | None = None):
+                 row_weights: Tensor | None = None, ranks: Ranks | None = None):
         self.ranks = ranks or Ranks()
         self.backbone, self.adapters, self.diffusion, self.optimizer = backbone, adapters, diffusion, optimizer
         self.buffers, self.weights, self.clip = buffers, weights, clip
-        self.parts, self.share = buffers.parts(accumulate), share
+        self.parts, self.row_weights = buffers.parts(accumulate), row_weights
         device = buffers.t.device
         names = optimizer.names
         self.watched = [f"the parameter {n}" for n in names] + ["the latents", "the text states", "the U-Net's prediction"] + [
@@ -95,14 +98,14 @@ class Step:
         self.zeros = torch.zeros(2, device=device).unbind()
 
     def of_shape(self, shape: tuple[int, int, int]) -> Step:
-        """The same step for latents of another shape [c, h, w]: everything else is shared."""
+        """The same step for latents of another shape [c, h, w]. Everything but latents and noise is shared."""
         other = copy.copy(self)
         other.buffers = self.buffers.of_shape(shape)
         other.parts = other.buffers.parts(len(self.parts))
         return other
 
     def begin_(self, seed: int) -> None:
-        """Back to step 0 of a task whose gate noise has this seed; parameters are views again, the optimizer is fresh."""
+        """Go back to step 0 for a task whose gate noise has this seed, with a fresh optimizer."""
         self.buffers.seed.fill_(seed)
         self.buffers.clock.zero_()
         self.losses.zero_()
@@ -113,7 +116,7 @@ class Step:
         self.adapters.tau = self.buffers.tau
 
     def addresses(self) -> list[int]:
-        """Where everything lies that a step reads or writes and that stays when it is over; 0 for what is not there."""
+        """The address of every tensor that a step reads or writes and that outlives the step; 0 where there is none."""
         modules = [self.backbone.unet, *self.backbone.encoders, self.adapters.stacks, self.adapters.tokens]
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
         for flat in self.optimizer.flats:
@@ -128,53 +131,56 @@ class Step:
         self.optimizer.step_()
 
     def gradient_(self) -> None:
-        """Everything but the optimizer's step: losses and the clipped gradient."""
+        """Compute the losses and the clipped gradient: everything but the optimizer's update."""
         to, optimizer = self.buffers, self.optimizer
         optimizer.zero_grads_()
-        sizes = [optimizer.value_norms()]
+        magnitudes = [optimizer.value_norms()]
         passes = [self._pass(part, first=i == 0) for i, part in enumerate(self.parts)]
         with torch.no_grad():
             parts = zip(*passes, strict=True)
             largest, *terms = (functools.reduce(join, part) for join, part in zip(JOINS, parts, strict=True))
             terms = torch.stack(terms).float()
-            # the mean of the largest values is finite where all of them are
+            # a mean of magnitudes over ranks is finite exactly where all of them are
             self.ranks.average_([*(flat.grads for flat in optimizer.flats), terms, largest])
             norms = optimizer.norms()
             norm = torch.linalg.vector_norm(norms)
-            self._watch(torch.cat([*sizes, largest, terms[1:], norms, norm[None]]))
+            self._watch(torch.cat([*magnitudes, largest, terms[1:], norms, norm[None]]))
             self.losses.index_copy_(0, to.clock[None], torch.cat([terms, norm[None]])[None])
             if self.clip is not None:
                 optimizer.scale_grads_((self.clip / (norm + 1e-12)).clamp(max=1))
             to.clock.add_(1)
 
     def _pass(self, part: Buffers, first: bool) -> tuple[Tensor, ...]:
-        """Forward and backward of one part: the largest values met [3], what it adds to the loss, and the terms of that."""
+        """Run forward and backward of one part.
+
+        Returns the largest magnitudes of latents, text states and prediction [3], then the loss and its three terms.
+        """
         noisy, target = self.diffusion.noised(part.latents, part.noise, part.t)
         states, pooled = self.backbone.encode(part.ids)
         counted = first and any(self.weights)
         with self.adapters.penalised() if counted else contextlib.nullcontext(lambda: self.zeros) as penalties:
             predicted = self.backbone.predict(noisy, part.t, states, pooled, part.frames)
-        terms = [self.diffusion.loss(predicted, target, part.t, self.share), *penalties()]
+        terms = [self.diffusion.loss(predicted, target, part.t, self.row_weights), *penalties()]
         loss = terms[0]
         for weight, penalty in zip(self.weights, terms[1:], strict=True):
-            # what has no weight asks for no gradient
+            # a penalty without a weight needs no backward pass
             loss = loss + weight * penalty if weight else loss
         loss.backward()
         with torch.no_grad():
-            sizes = torch.stack([x.detach().float().abs().amax() for x in (part.latents, states, predicted)])
-        return sizes, *(term.detach() for term in (loss, *terms))
+            largest = torch.stack([x.detach().float().abs().amax() for x in (part.latents, states, predicted)])
+        return largest, *(term.detach() for term in (loss, *terms))
 
-    def _watch(self, sizes: Tensor) -> None:
-        """Keep where the first non-finite values of the task were, without reading them."""
-        bad, clean = ~torch.isfinite(sizes), self.bad_step < 0
+    def _watch(self, magnitudes: Tensor) -> None:
+        """Record on the device which watched values were the first of the task that were not finite."""
+        bad, clean = ~torch.isfinite(magnitudes), self.bad_step < 0
         self.bad_step.copy_(torch.where(clean & bad.any(), self.buffers.clock, self.bad_step))
         self.bad.copy_(torch.where(clean, bad, self.bad))
 
     def trouble(self) -> str | None:
-        """What was not finite first, and when; None where all is well (waits for the device)."""
+        """Say what was not finite first, and at which step; None where all is finite. Waits for the device."""
         step = self.bad_step.item()
         if step < 0:
             return None
-        # in the order in which a step computes them: the first is the cause, the rest follow from it
+        # `watched` is in the order of computation: the first is the cause, the others follow from it
         where = [name for name, bad in zip(self.watched, self.bad.tolist(), strict=True) if bad]
         return f"{where[0]} is not finite at step {step}"

@@ -1,4 +1,4 @@
-"""The U-Net as the options want it while it trains, and as it was when that is over."""
+"""Set the U-Net up for training as the options say, and restore it afterwards."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from ..errors import InputError
 from .attention import KERNELS, check_kernel
 from .options import TrainOptions
 
-# blocks that are compiled each by itself: they repeat, so that few programs serve them all
+# blocks to compile one by one: they repeat, so few compiled programs serve all of them
 REGIONS = ("BasicTransformerBlock", "ResnetBlock2D")
 
 
 @contextlib.contextmanager
 def prepared(unet, options: TrainOptions) -> Iterator[None]:
-    """For a whole run, since it moves weights. Raises InputError for what this U-Net or this machine cannot do."""
+    """What must hold for a whole run: memory order, xformers, compiled blocks.
+
+    Raises InputError for an option that this U-Net or this machine does not support.
+    """
     dropout = unet.config.get("dropout", 0.0)
     if options.gradient_checkpointing and dropout > 0:
         raise InputError(f"gradient_checkpointing needs a U-Net without dropout, got {dropout:g}; train without it")
@@ -38,7 +41,7 @@ def prepared(unet, options: TrainOptions) -> Iterator[None]:
 
 @contextlib.contextmanager
 def in_channels_last(unet) -> Iterator[None]:
-    """The weights of convolutions in channels-last order, which tensor cores want."""
+    """Hold the weights of convolutions in channels-last order, which tensor cores read."""
     unet.to(memory_format=torch.channels_last)
     try:
         yield
@@ -48,7 +51,7 @@ def in_channels_last(unet) -> Iterator[None]:
 
 @contextlib.contextmanager
 def with_compiled_regions(unet) -> Iterator[None]:
-    """`torch.compile` of the blocks that repeat: seconds once, where the whole U-Net takes minutes."""
+    """Compile the repeating blocks with `torch.compile`: faster to compile than the whole U-Net."""
     blocks = [module for module in unet.modules() if type(module).__name__ in REGIONS]
     for block in blocks:
         block.compile()
@@ -56,12 +59,13 @@ def with_compiled_regions(unet) -> Iterator[None]:
         yield
     finally:
         for block in blocks:
-            # what `Module.compile` sets, and has no opposite for
+            # undoes `Module.compile`, which has no opposite
             block._compiled_call_impl = None
 
 
 @contextlib.contextmanager
 def with_xformers(unet) -> Iterator[None]:
+    """Run the U-Net's attention with xformers."""
     try:
         unet.enable_xformers_memory_efficient_attention()
     except (ImportError, ValueError, RuntimeError, NotImplementedError) as error:
@@ -76,21 +80,24 @@ def with_xformers(unet) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stepping(unet, options: TrainOptions) -> Iterator[None]:
-    """For the steps of one task: the kernels of attention, and a backward pass that computes activations again."""
+    """What must hold for the steps of a task: the kernel of attention, and gradient checkpointing."""
     with contextlib.ExitStack() as stack:
         if options.attention in KERNELS:
-            # the text encoder's attention may be none that the kernel takes, so the others stay behind it
+            # the chosen kernel may not support the text encoder's attention, so the others stay allowed after it
             order = dict.fromkeys([KERNELS[options.attention], *KERNELS.values()])
             stack.enter_context(sdpa_kernel(list(order), set_priority=True))
         if options.gradient_checkpointing:
-            stack.enter_context(checkpointing(unet))
+            stack.enter_context(recomputing_activations(unet))
         yield
 
 
 @contextlib.contextmanager
-def checkpointing(unet) -> Iterator[None]:
-    """Recompute the U-Net's activations in the backward pass. diffusers asks for train mode, so dropout must be none."""
-    # nothing is drawn: no state of a generator is kept, which a captured step could not read
+def recomputing_activations(unet) -> Iterator[None]:
+    """Recompute the U-Net's activations in the backward pass (gradient checkpointing).
+
+    diffusers does so in train mode only, in which dropout would be active: the U-Net must have none.
+    """
+    # no random state is saved, since nothing is drawn and a captured step could not read it
     unet.enable_gradient_checkpointing(functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False))
     unet.train()
     try:
