@@ -94,6 +94,13 @@ def masked_linear(
     factors; weight is frozen. Under autocast x and weight are cast, the factors are not.
 
     Raises ValueError or TypeError for arguments that do not fit, RuntimeError where `backend` cannot run them.
+
+    >>> import torch, stamina_fast as sf
+    >>> x, weight = torch.ones(1, 3), torch.ones(4, 3)
+    >>> a, b = torch.ones(4, 1), torch.full((1, 1, 3), 0.5)    # A B = 0.5 everywhere
+    >>> p, q = torch.tensor([[1.0], [1.0], [-1.0], [-1.0]]), torch.ones(1, 1, 3)    # open in the first two rows
+    >>> sf.masked_linear(x, weight, a, b, p, q)
+    tensor([[4.5000, 4.5000, 3.0000, 3.0000]])
     """
     arguments = _prepare(x, weight, Factors(a, b, p, q, gate_bias), sizes, noise, tau)
     return library.masked_linear(*arguments, backend or "")
@@ -212,6 +219,14 @@ def fold_(
     is kept there and weight = round(master): a thousand small folds lose nothing. Entries outside the mask keep their bits.
 
     Raises ValueError where master or a factor overlaps weight in memory, or weight overlaps itself.
+
+    >>> import torch, stamina_fast as sf
+    >>> weight = torch.ones(2, 3)
+    >>> a, b = torch.ones(2, 1), torch.full((1, 1, 3), 0.5)    # A B = 0.5 everywhere
+    >>> p, q = torch.tensor([[1.0], [-1.0]]), torch.ones(1, 1, 3)    # open in the first row
+    >>> sf.fold_(weight, a, b, p, q)
+    tensor([[1.5000, 1.5000, 1.5000],
+            [1.0000, 1.0000, 1.0000]])
     """
     factors = Factors(a, b, p, q, gate_bias)
     sizes = _check_written(weight, master, sizes, [factors])
