@@ -33,6 +33,17 @@ def attach(unet_or_pipeline, config: StaminaConfig | None = None) -> Adapters:
 
     Raises InputError, a ValueError: no cross-attention, adapters or other layers already on the projections, a rank above
     the smallest width, an offloaded or fused model.
+
+    >>> import torch, stamina_fast as sf
+    >>> from stamina_fast.pipeline.load import load_pipeline
+    >>> pipe = load_pipeline("tiny", device="cpu")
+    >>> adapters = sf.attach(pipe, sf.StaminaConfig(rank=4, gate_rank=4))
+    >>> adapters.tokens.begin("<cat>")
+    >>> optimizer = torch.optim.AdamW(adapters.parameters(), lr=1e-3)    # train with it, then
+    >>> embeddings = adapters.fold_("cat")
+    >>> adapters.folded
+    ['cat']
+    >>> adapters.detach()
     """
     config = StaminaConfig() if config is None else config
     pipeline = None if isinstance(unet_or_pipeline, nn.Module) else unet_or_pipeline
