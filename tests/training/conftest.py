@@ -1,4 +1,4 @@
-"""Pictures to learn and one uninterrupted run, made once for all tests of the trainer."""
+"""Pictures to learn, and one uninterrupted run: made once for all tests of the trainer."""
 
 import pytest
 import tinypipes
@@ -17,6 +17,6 @@ def three(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def uninterrupted(three, tmp_path_factory):
-    """Three tasks in one go: the run and the bits of the pipeline at its end."""
+    """A run of three tasks that nothing interrupts, and the tensors of the pipeline at its end."""
     pipeline = tinypipes.sd15()
     return run(pipeline, three, tmp_path_factory.mktemp("whole") / "run"), tensors(pipeline)

@@ -1,4 +1,4 @@
-"""Pictures of several aspect ratios: what shape each gets, one shape a batch, one recording a shape, the same bits again."""
+"""Aspect buckets: each picture gets the nearest crop size, a batch has one size, each size is recorded once."""
 
 import types
 
@@ -15,7 +15,7 @@ from stamina_fast.training import loop
 from stamina_fast.training.buckets import crop_sizes, in_buckets
 from stamina_fast.training.data import TaskData
 
-# pixels of a picture, and the shape that it gets with sides in multiples of 32 and about 96 x 96 pixels
+# sizes of pictures, and their crop sizes: sides in multiples of 32, about 96 x 96 pixels
 WIDE, TALL, ALMOST = (36, 80), (90, 40), (36, 40)
 SHAPE = {WIDE: (64, 128), TALL: (128, 64), ALMOST: (96, 96)}
 OPTIONS = {"aspect_buckets": True, "resolution": 96, "steps": 8, "crops": 1, "accumulate": 2}
@@ -35,14 +35,14 @@ def concept(folder, name, *sizes):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """The second concept has one shape of the first, and one of its own."""
+    """Two concepts: the second has one crop size of the first, and one that the first has not."""
     folder = tmp_path_factory.mktemp("pictures")
     return [concept(folder, "cat", WIDE, ALMOST, WIDE), concept(folder, "cup", TALL, WIDE)]
 
 
 @pytest.fixture(scope="module")
 def whole(two, tmp_path_factory):
-    """A run in one go: the run, the bits of its pipeline, and a batch for each step: latents' shape, frames, ids."""
+    """An uninterrupted run, the tensors of its pipeline, and of each step: crop size, latents' shape, target size, ids."""
     batches, pipeline = [], tinypipes.sd15()
 
     def keep(step, task, i):
@@ -87,14 +87,14 @@ def test_a_crop_of_any_shape_lies_where_its_frame_says():
     image = torch.stack([across, down, torch.zeros(40, 60)])
     part, frame = crop(image, (16, 64), 0.8, (1.0, 0.5), flip=False)
     assert part.shape == (3, 16, 64)
-    # 12 rows at the bottom and 48 columns in the middle, each 4/3 as large
+    # the part is 12 rows at the bottom and 48 columns in the middle, enlarged by 4/3
     assert frame.tolist() == [53, 80, 37, 8]
     assert part[0, 8, 0].item() == pytest.approx(-1 + 2 * 6 / 59, abs=0.03)
     assert part[1, -1, 9].item() == pytest.approx(1, abs=0.05)
     whole, frame = crop(image, (64, 96), 1.0, (0.5, 0.5), flip=True)
     assert frame.tolist() == [64, 96, 0, 0]
     assert whole[0, 9, 0].item() == pytest.approx(1, abs=0.03)
-    # a square by its side is that by both sides
+    # one number means a square
     for share in (0.61, 0.8, 1.0):
         for one, other in zip(*(crop(image, size, share, (0.3, 0.9), False) for size in (24, (24, 24))), strict=True):
             assert torch.equal(one, other)
@@ -140,7 +140,7 @@ def test_each_shape_is_recorded_once(two, whole, tmp_path, monkeypatch):
     result = run(pipeline, two, tmp_path / "run", **OPTIONS)
     assert curves(result) == curves(whole[0])
     assert_same(tensors(pipeline), whole[1])
-    # two shapes in the first task; one of them again and a third one in the second
+    # the first task has two sizes; the second has one of them, and a third
     often = [sum(shape == SHAPE[size] for shape, *_ in whole[2]) for size in (WIDE, ALMOST, TALL)]
     assert [each.recordings for each in made] == [int(n > 3) for n in often]
     assert [each.recorder.replayed for each in made] == [max(0, n - 3) for n in often]

@@ -1,4 +1,4 @@
-"""The captured step, with a stand-in for CUDA graphs on a CPU: the bits of step by step, and whatever it froze is caught."""
+"""The captured step, with a stand-in for CUDA graphs on a CPU: it has the bits of uncaptured steps."""
 
 import contextlib
 import logging
@@ -16,7 +16,7 @@ from stamina_fast.training.capture import WARM, Captured, recorder
 from stamina_fast.training.flat import Optimizer
 from stamina_fast.training.step import Step
 
-# everything that a step takes from outside changes from step to step, and the second task is another one
+# options with which everything that a step reads from outside changes from step to step
 MOVING = {"steps": 6, "lr_schedule": "cosine", "warmup": 3, "tau_end": 0.4, "weight_decay": 0.01}
 VARIANTS = {
     "stamina": {"steps": 16},
@@ -26,9 +26,9 @@ VARIANTS = {
     "fixed": {"method": "fixed-gate"},
     "random": {"method": "random-mask"},
     "accumulated": {"accumulate": 2},
-    "checkpointed": {"gradient_checkpointing": True},
+    "recomputed": {"gradient_checkpointing": True},
 }
-CASES = [("sd15", variant) for variant in VARIANTS] + [("sdxl", name) for name in ("c-stamina", "accumulated", "checkpointed")]
+CASES = [("sd15", variant) for variant in VARIANTS] + [("sdxl", name) for name in ("c-stamina", "accumulated", "recomputed")]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def two(tmp_path_factory):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    """A function that trains with the stand-in: (run, its recorder, how often the step was recorded)."""
+    """A function that trains with the stand-in and returns (run, its recorder, how often the step was recorded)."""
     made = []
     monkeypatch.setattr(loop, "Captured", lambda *args: made.append(Captured(*args)) or made[-1])
 
@@ -69,9 +69,9 @@ def test_captured_steps_of_two_tasks_are_those_step_by_step(kind, variant, two, 
     made, stand_in, recordings = recorded(pipeline, two, tmp_path / "captured", **options)
     assert_same_run(made, whole)
     assert_same(tensors(pipeline), tensors(plain))
-    # one recording for both tasks; a second one where the folded past becomes part of the step
+    # one recording serves both tasks, unless the folded past becomes part of the step
     assert recordings == (2 if variant in ("sparse", "c-stamina", "c-lora") else 1)
-    # what is new in the second recording is run once before it
+    # before a second recording the step runs once uncaptured
     assert stand_in.warmed == WARM + recordings - 1
     assert stand_in.replayed == 2 * options["steps"] - stand_in.warmed
 
@@ -84,7 +84,7 @@ def test_the_folded_past_is_recorded_once_for_all_later_tasks(three, tmp_path, r
 
 
 def rate_of_python(patch):
-    """The learning rate as a number that the optimizer is told, as schedulers do."""
+    """The learning rate is a number of Python, as torch's schedulers set it."""
     def set_rate_(self, factor):
         for group, peak in zip(self.adamw.param_groups, self.peaks, strict=True):
             group["lr"] = peak * factor
@@ -113,7 +113,7 @@ def noise_of_python(patch):
 
 
 def clock_of_python(patch):
-    """A row of the losses counted by Python."""
+    """Python indexes the row of the losses."""
     call = Step.__call__
 
     def step(self):
@@ -138,7 +138,7 @@ FROZEN = [rate_of_python, temperature_of_python, noise_of_python, clock_of_pytho
 
 @pytest.mark.parametrize("plant", FROZEN)
 def test_a_frozen_value_is_caught(plant, two, tmp_path, monkeypatch, recorded):
-    """The stand-in has teeth: each of these steps is right step by step and wrong when replayed."""
+    """The stand-in can fail: each of these steps is right uncaptured and wrong when replayed."""
     options = MOVING | {"method": "c-stamina"}
     plant(monkeypatch)
     whole = run(tinypipes.sd15(), two, tmp_path / "plain", **options)
@@ -148,7 +148,7 @@ def test_a_frozen_value_is_caught(plant, two, tmp_path, monkeypatch, recorded):
 
 def test_what_cannot_be_captured_is_said_once_and_goes_on(two, tmp_path, monkeypatch, recorded, caplog):
     def predict(self, noisy, *others):
-        # an odd module that looks at what it gets
+        # a module that reads its input
         return original(self, noisy * (1 if noisy.sum().item() < 1e9 else 0), *others)
 
     original = loop.Backbone.predict
@@ -173,7 +173,7 @@ def test_capture_is_for_gpus(two, tmp_path):
 
 
 def test_parts_of_a_batch_are_the_batch(two, tmp_path):
-    """The same pictures, noise and masks: only the order of sums differs. Both penalties count once."""
+    """Pictures, noise and masks are the same and penalties count once: only the order of sums differs."""
     options = MOVING | {"method": "c-stamina", "batch": 4, "steps": 4}
     whole, parts = (run(tinypipes.sd15(), two, tmp_path / str(n), accumulate=n, **options) for n in (1, 4))
     one, two_ = (torch.tensor([[list(row.values())[1:6] for row in task] for task in losses(made)]) for made in (whole, parts))

@@ -1,4 +1,4 @@
-"""Going on within a task: the bits of a run that was never interrupted, and no silent restart where the state is gone."""
+"""Resuming within a task gives the bits of an uninterrupted run; a lost checkpoint is an error."""
 
 import json
 
@@ -23,13 +23,16 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(two, tmp_path_factory):
-    """A run without checkpoints in one go, and the bits of its pipeline."""
+    """An uninterrupted run without checkpoints, and the tensors of its pipeline."""
     pipeline = tinypipes.sd15()
     return run(pipeline, two, tmp_path_factory.mktemp("whole") / "run", **OPTIONS), tensors(pipeline)
 
 
 def train_until(at, two, output, monkeypatch):
-    """Start, and be killed before step `at` of the second task, or after its save number -`at` and before the manifest."""
+    """Train until killed: before step `at` of the second task, or for a negative `at` in its save number -`at`.
+
+    A save is killed when its checkpoint is written and the manifest is not.
+    """
     saves, write = iter(range(1, 100)), Run._write
 
     def kill(step, task, i):
@@ -58,14 +61,14 @@ def test_a_resumed_task_ends_in_the_same_bits(at, left, two, whole, tmp_path, mo
     for mine, theirs in zip(made.tasks(), whole[0].tasks(), strict=True):
         assert mine["sha256"] == theirs["sha256"]
         assert made.load_task(mine["name"]).curve == whole[0].load_task(mine["name"]).curve
-        # the clock of the whole task, not of what was left of it
+        # seconds of the whole task, not of what was left of it
         assert made.load_task(mine["name"]).info["seconds"] > 0
     assert "checkpoint" not in json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
 def test_a_captured_run_goes_on_within_a_task(two, whole, tmp_path, monkeypatch):
-    """With the stand-in for CUDA graphs: warm-up and recording fall into the rest of the task."""
+    """With the stand-in for CUDA graphs: warm-up and recording happen in the rest of the task."""
     train_until(3, two, tmp_path / "run", monkeypatch)
     pipeline, stand_in = tinypipes.sd15(), Replay()
     monkeypatch.setattr(loop, "recorder", lambda wanted, device: stand_in)

@@ -1,4 +1,4 @@
-"""Optimizers of other libraries: their own bits over the flat vectors, resumed, reset between tasks, beside a captured step."""
+"""Optimizers of other libraries have their own bits over flat vectors, also after a reset and a resume."""
 
 import logging
 import sys
@@ -15,7 +15,7 @@ from stamina_fast.training import TrainOptions, loop
 from stamina_fast.training.flat import Flat
 from stamina_fast.training.optimizers import LIBRARIES, class_of, make_optimizer
 
-# a rank with which the factors are too many for adamw8bit to keep their moments in 32 bits
+# adamw8bit keeps small vectors in 32 bits: this rank makes the factors large enough
 OPTIONS = {"steps": 6, "method": "c-stamina", "lr_schedule": "cosine", "weight_decay": 0.01, "rank": 16, "gate_rank": 8}
 
 
@@ -32,7 +32,7 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(name, two, tmp_path_factory):
-    """A run in one go, and the bits of its pipeline."""
+    """An uninterrupted run, and the tensors of its pipeline."""
     pipeline = tinypipes.sd15()
     return run(pipeline, two, tmp_path_factory.mktemp("whole") / "run", optimizer=name, **OPTIONS), tensors(pipeline)
 
@@ -42,7 +42,7 @@ def shapes(optimizer):
 
 
 def test_steps_have_the_bits_of_the_library(name):
-    """Two vectors, two rates, two tasks; what a vector is and who divides it into parameters is nothing to the library."""
+    """Two vectors with their own rates, over two tasks: the library run by itself gives the same bits."""
     draw = torch.Generator().manual_seed(0)
     sizes = [(64, 8000), (64, 128)]
     flats = [Flat([(f"p{n}", nn.Parameter(torch.randn(n, generator=draw))) for n in parameters]) for parameters in sizes]
@@ -88,7 +88,7 @@ def test_what_is_remembered_goes_on_elsewhere_and_is_forgotten_by_a_reset(name):
         steps(flat, each, 2)
     assert torch.equal(one.values, other.values)
     assert not torch.equal(one.values, values)
-    # a fresh one over the same values is what a reset leaves
+    # a reset leaves the same as a new optimizer over the same values
     optimizer.reset_()
     third = make_optimizer(name, [(other, 1.0)], (0.9, 0.99), 0.0)
     assert_same(optimizer.moments(), third.moments())
@@ -96,7 +96,7 @@ def test_what_is_remembered_goes_on_elsewhere_and_is_forgotten_by_a_reset(name):
 
 @pytest.mark.parametrize(("at", "left"), [(0, 6), (3, 4)], ids=["between tasks", "within a task"])
 def test_a_resumed_run_ends_in_the_same_bits(at, left, name, two, whole, tmp_path):
-    """From the first step of the second task the optimizer is a fresh one here, and one that was reset in the run in one go."""
+    """In the second task the resumed run has a new optimizer, and the uninterrupted one had a reset one."""
     run_until(OPTIONS["steps"] + at, tinypipes.sd15(), two, tmp_path / "run", save_every=2, optimizer=name, **OPTIONS)
     steps, pipeline = [], tinypipes.sd15()
     made = run(pipeline, two, tmp_path / "run", resume=True, optimizer=name, on_step=lambda *at: steps.append(at), **OPTIONS)
@@ -121,7 +121,7 @@ def test_it_steps_behind_the_captured_rest(name, two, whole, tmp_path, monkeypat
 
 @pytest.fixture
 def optimizers(monkeypatch):
-    """The optimizers of runs, as they are made."""
+    """The optimizers that runs make."""
     made = []
     monkeypatch.setattr(loop, "make_optimizer", lambda *args: made.append(make_optimizer(*args)) or made[-1])
     return made
@@ -136,7 +136,7 @@ def test_eight_bits_are_eight_bits(two, tmp_path, optimizers):
 
 
 def test_prodigy_finds_its_rates(two, tmp_path, optimizers):
-    """Without a word about them, and one for factors and masks, another for the token."""
+    """None is given; it finds one for factors and masks, and another for the token."""
     pytest.importorskip("prodigyopt")
     run(tinypipes.sd15(), two, tmp_path / "run", optimizer="prodigy", steps=40, learning_rate=None)
     assert optimizers[0].peaks == [1.0, 1.0]

@@ -1,4 +1,4 @@
-"""Options around the step: class pictures, kept latents, the U-Net's memory order, kernels and compiler."""
+"""Options around the step: class pictures, cached latents, memory order, attention kernels, compiler."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def listed(tmp_path_factory):
-    """concepts_list.json of two concepts, each with pictures of its class."""
+    """A concepts_list.json of two concepts, each with class pictures."""
     root = tmp_path_factory.mktemp("listed")
     write_concepts(root, 4)
     pairs = (("cat", "cup"), ("rocket", "face"))
@@ -38,7 +38,7 @@ def curve(made, key="denoising"):
 
 
 def test_class_pictures_are_every_second_row(listed, tmp_path):
-    """Their own latents and prompt, and `prior_weight` of the loss of each beside the concept's."""
+    """They have the class prompt, and the weight `prior_weight` in the loss."""
     seen, pipeline = [], tinypipes.sd15()
     run(pipeline, listed, tmp_path / "run", prior_weight=0.5, on_step=lambda step, *_: seen.append(step.buffers.ids[0].clone()))
     (ids,) = loop.Backbone(pipeline).tokenise(["a photo of <cat>", "a photo of a cup"])
@@ -46,7 +46,7 @@ def test_class_pictures_are_every_second_row(listed, tmp_path):
     share = row_weights(2, 1, 0.5, CPU)
     assert share.tolist() == [2, 1, 2, 1]
     losses = torch.tensor([3.0, 5.0, 7.0, 11.0])
-    # the mean over the concept's pictures, and the weight times that over the others
+    # the mean over the concept's pictures, plus the weight times the mean over the class pictures
     assert (share * losses).mean() == 5 + 0.5 * 8
     assert sum((row_weights(2, 2, 0.5, CPU) * part).mean() for part in losses.chunk(2)) == 9
     assert row_weights(2, 1, 0.0, CPU) is None
@@ -73,7 +73,7 @@ def test_kept_latents_are_encoded_once_and_have_the_same_bits(three, uninterrupt
         run(pipeline, three, tmp_path / f"run{len(calls)}", cache_latents=tmp_path / "kept")
         assert_same(tensors(pipeline), uninterrupted[1])
         assert len(calls) == count
-    # other crops are other latents
+    # other crops are not taken from the cache
     run(tinypipes.sd15(), three, tmp_path / "other", cache_latents=tmp_path / "kept", steps=1, crops=1)
     files = sorted((tmp_path / "kept").iterdir())
     assert (len(calls), len(files)) == (6, 6)
@@ -97,7 +97,7 @@ def test_memory_order_and_kernel_change_roundings_alone(change, three, uninterru
     changed = run(pipeline, three, tmp_path / "run", on_step=lambda *_: made.append(state(pipeline.unet)), **change)
     assert (curve(changed) - curve(uninterrupted[0])).abs().max() < 1e-5
     assert set(made) == {(change.get("channels_last", False), "MATH" if "attention" in change else made[0][1])}
-    # a plain U-Net again
+    # the U-Net is plain again
     assert {name: tensor.stride() for name, tensor in pipeline.unet.state_dict().items()} == before
     assert type(pipeline.unet).from_pretrained(tmp_path / "run" / "model", subfolder="unet").conv_in.weight.is_contiguous()
 
@@ -119,11 +119,11 @@ def test_the_measured_attention_is_the_fastest_and_the_run_keeps_it(three, tmp_p
     options = {"steps": 1, "attention": "measured", "accumulate": 2}
     with caplog.at_level(logging.INFO, "stamina_fast"), pytest.raises(KeyboardInterrupt):
         run(tinypipes.sd15(), three, tmp_path / "run", on_task=interrupt, **options)
-    # one picture a pass, to itself and to a prompt, at the level that has attention; a CPU has no other kernels
+    # one level has attention: of a picture to itself, and to the prompt; a CPU has two kernels
     shapes = [(1, 2, 64, 64, 8), (1, 2, 64, 24, 8)]
     assert asked == [(kernel, shape) for kernel in ("math", "flash") for shape in shapes]
     assert "attention flash, measured: math 4e+03 ms, flash 2e+03 ms" in caplog.messages
-    # it goes on with what it has, whatever would be faster now
+    # the resumed run keeps its kernel, although another would be faster now
     times["math"] = 0.5
     made = run(tinypipes.sd15(), three, tmp_path / "run", resume=True, **options)
     assert (made.config["train"]["attention"], made.config["measured"]) == ("measured", {"attention": "flash"})
@@ -141,7 +141,7 @@ def test_a_measurement_takes_time_and_finds_a_kernel_that_can():
     attend = attention.Attention(attention.AttentionShape(1, 2, 64, 16, 8), CPU, torch.float32)
     assert 0 < attend.seconds("math") < 1
     assert attention.fastest_kernel(tinypipes.sd21().unet, 1, 8, 16) in ("math", "flash")
-    # another process than the first takes what that one says
+    # other ranks take the kernel of rank 0
     second = types.SimpleNamespace(rank=1, meet=lambda: ["math", ""])
     assert attention.kernel_of_run(None, False, None, None, second) == "math"
 

@@ -1,4 +1,4 @@
-"""The parts of the trainer by themselves: options, diffusion process, latents, the flat vector."""
+"""Parts of the trainer by themselves: options, diffusion process, crops and latents, the flat vector."""
 
 import dataclasses
 import math
@@ -68,7 +68,7 @@ def test_targets_rebuild_the_clean_latents(prediction, zero_snr):
     if prediction == "epsilon":
         assert target is noise
     else:
-        # x_0 = alpha x_t - sigma v, at every timestep, the one without signal included
+        # x_0 = alpha x_t - sigma v holds at every timestep, also at one without signal
         torch.testing.assert_close(a * noisy - s * target, clean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(target, scheduler.get_velocity(clean, noise, t), rtol=1e-5, atol=1e-5)
     assert (process.alpha[-1] == 0) == zero_snr
@@ -156,7 +156,7 @@ def test_flat_steps_as_torch_does():
             reference.step()
         for (_, p), (_, twin) in zip(named, twins, strict=True):
             torch.testing.assert_close(p, twin, rtol=1e-5, atol=1e-6)
-        # a second task: moments forgotten on both sides
+        # a second task: both start with fresh moments
         optimizer.reset_()
         reference = torch.optim.AdamW([p for _, p in twins], lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)
 

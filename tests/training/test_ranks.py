@@ -1,4 +1,4 @@
-"""Several processes meet, and whatever stops one of them stops all."""
+"""Ranks exchange lines and average tensors, and a rank that stops stops all of them."""
 
 import os
 import signal
@@ -27,9 +27,9 @@ def meet_and_average(rank, count):
         assert vector.tolist() == [i + mean for i in range(100)]
         assert matrix.tolist() == [[mean] * 5] * 3
         assert ranks.meet(f"ä{rank}") == [f"ä{i}" for i in range(count)]
-        # a line that is too long is cut, not refused
+        # a line that is too long is truncated
         assert [len(line) for line in ranks.meet("x" * 5000)] == [module.LINE - 1] * count
-        # what nobody can expect to be exact has the same bits everywhere, or the ranks would part after a step
+        # rounded means too have the same bits on all ranks, or the ranks would drift apart
         noise = torch.randn(99_991, generator=torch.Generator().manual_seed(rank))
         ranks.average_([noise])
         ranks.agree(digest([("noise", noise)]), "has other bits")
@@ -155,7 +155,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch):
 
 
 def test_a_failure_aborts_what_waits_on_a_gpu_and_destroys_nothing(monkeypatch):
-    """Destroying a group of nccl waits for its kernels, and those for a rank that has stopped."""
+    """Destroying a group of nccl waits for its kernels, which wait for the rank that has stopped."""
     done = []
     monkeypatch.setattr(torch.distributed, "get_backend", lambda group: "nccl")
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda group: done.append("destroyed"))
@@ -179,5 +179,3 @@ def test_a_digest_sees_every_bit():
     found |= {digest((tensors | {"a": torch.zeros(2, 2)}).items()), digest([("d", torch.zeros(4))])}
     assert len(found) == 6
 
-
-# training

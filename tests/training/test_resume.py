@@ -1,4 +1,4 @@
-"""What a run survives: kills, changed options, numbers that stop being finite."""
+"""Runs that are killed, resumed with changed options, or meet numbers that are not finite."""
 
 import math
 import multiprocessing
@@ -14,9 +14,9 @@ from stamina_fast.training import loop
 
 
 def stop_in_the_second_task(at, patch):
-    """Have the trainer killed at the fold or commit of the second task, or before model/ is saved; or before its step `at`.
+    """Kill the trainer at the fold or commit of the second task, before model/ is saved, or before its step `at`.
 
-    Returns the hook that `train` takes for that.
+    Returns the on_step hook that kills before a step.
     """
     def die(*args, **kwargs):
         raise Killed
@@ -66,7 +66,7 @@ def test_killed_processes_end_in_the_same_bits(three, uninterrupted, tmp_path):
         process.join()
         if process.exitcode == 0:
             break
-        # -9 is the signal that nothing can catch; any other code is an error of the trainer, printed above
+        # -9 is our kill; any other code is an error of the trainer, printed above
         assert process.exitcode == -9
         seconds, killed = seconds * 1.5, killed + 1
     assert killed
@@ -138,7 +138,7 @@ def test_not_finite_rolls_the_task_back_and_names_the_tensor(named, at, three, u
     with pytest.raises(StaminaError, match=f"cup: {named} at step {at};") as caught:
         run(pipeline, three, tmp_path / "run", on_step=poison, on_task=lambda learned, *_: kept.update(tensors(learned)))
     assert "\n" not in str(caught.value)
-    # the model is that of the first task, to the bit, its vocabulary too
+    # the model has the bits and the vocabulary that the first task left
     assert_same(tensors(pipeline), kept)
     assert "<cat>" in pipeline.tokenizer.get_vocab()
     assert "<cup>" not in pipeline.tokenizer.get_vocab()

@@ -1,4 +1,4 @@
-"""The step: reads nothing, moves nothing, and is the same on every backend."""
+"""The step reads nothing from the device, moves no tensor, and is the same on every backend."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def test_the_step_reads_nothing_and_moves_nothing(kind, method, three, tmp_path,
         parameters = [p for f in self.optimizer.flats for p in f.parameters]
         buffers = [x for x in vars(self.buffers).values() if isinstance(x, torch.Tensor)] + self.buffers.ids
         if seen:
-            # the optimizer makes its state in the very first step
+            # the optimizer allocates its state in the very first step
             seen.append([t.data_ptr() for t in [*state, *parameters, *(p.grad for p in parameters), *buffers, self.losses]])
             with NoHostRead():
                 original(self)
@@ -77,7 +77,7 @@ print(json.dumps(sf.launches()))
 
 
 def test_32_steps_with_triton_are_those_of_the_reference(tmp_path, monkeypatch):
-    """Noise, both penalties and a fold between two tasks of 16 steps each; launches() says which kernels ran."""
+    """Two tasks of 16 steps, with noise, both penalties and a fold between them; launches() says which kernels ran."""
     folder = write_concepts(tmp_path / "two", 2)
     options = {"steps": 16, "sparsity_weight": 0.1, "forgetting_weight": 100.0}
     monkeypatch.setenv("STAMINA_BACKEND", "reference")

@@ -37,7 +37,7 @@ def test_learns_folds_and_leaves_a_plain_pipeline(kind, pictures, tmp_path):
     assert all(is_text_kv(name) or is_embedding(name) for name in changed)
     assert {name for name in before if is_text_kv(name)} <= set(changed)
     for name in filter(is_embedding, before):
-        # the words that the base knew keep their bits; each encoder has one row more a concept
+        # the base's words keep their bits; each encoder has one more row for each concept
         assert torch.equal(after[name][: len(before[name])], before[name])
         assert len(after[name]) == len(before[name]) + 4
     for name in names:
@@ -45,7 +45,7 @@ def test_learns_folds_and_leaves_a_plain_pipeline(kind, pictures, tmp_path):
         assert [row["step"] for row in curve] == [0, 1, 2]
         assert all(row["loss"] > 0 for row in curve)
         assert 0 < curve[-1]["density"] < 1
-    # the folder holds the same pipeline, which draws the same picture
+    # RUN/model is the same pipeline and draws the same picture
     loaded = type(pipeline).from_pretrained(tmp_path / "run" / "model")
     assert_same(tensors(loaded), after)
     prompt = "a photo of <cat>"
@@ -135,7 +135,7 @@ def test_every_method_runs(method, three, tmp_path):
 
 @pytest.mark.parametrize("kind", tinypipes.KINDS)
 def test_the_loss_falls(kind, three, tmp_path, monkeypatch):
-    """On the same pictures, noise and timesteps at every step, so that the loss can only fall by learning."""
+    """Every step has the same pictures, noise and timesteps, so the loss can only fall by learning."""
     original = Feed.fill_
     monkeypatch.setattr(Feed, "fill_", lambda self, to, step: original(self, to, 0))
     concept = load_concepts(three)[1:2]

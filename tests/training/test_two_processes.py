@@ -1,4 +1,4 @@
-"""Two processes train: one model and one set of bits, one batch in parts, and what goes wrong on one stores nothing."""
+"""Two processes train one model: they have the same bits, share a batch, and store nothing if one fails."""
 
 import os
 import signal
@@ -29,7 +29,7 @@ def keep(file, named):
 
 
 def gradients_of(patch, kept):
-    """Where every step's mean gradient is kept, before it is clipped, and AdamW's own amplification of roundings left out."""
+    """Append every step's mean gradient to `kept`, before clipping, and before AdamW amplifies roundings."""
     norms = Optimizer.norms
 
     def look(optimizer):
@@ -40,7 +40,7 @@ def gradients_of(patch, kept):
 
 
 def learn(rank, kind, folder, output, results, changes):
-    """A whole run; the bits of the pipeline and all gradients go to `results`, one file a rank."""
+    """A whole run. The tensors of the pipeline and all gradients go to `results`, one file a rank."""
     pipeline, kept = tinypipes.KINDS[kind](), []
     with pytest.MonkeyPatch.context() as patch:
         gradients_of(patch, kept)
@@ -59,7 +59,7 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shaped(tmp_path_factory):
-    """The same with one more picture each, that is twice as wide as high."""
+    """The same concepts, each with one more picture that is twice as wide as high."""
     folder = write_concepts(tmp_path_factory.mktemp("shaped"), 2)
     for name in NAMES[:2]:
         write_image(folder / name / "wide.png", as_floats(load_image(folder / name / "0.png")).repeat(1, 1, 2))
@@ -74,7 +74,7 @@ def test_two_processes_are_one_of_twice_the_batch(kind, changes, two, tmp_path):
     assert codes == [0, 0], said
     ours, theirs = results_of(tmp_path / "rank")
     assert_same(ours, theirs)
-    # rank 0 alone shows, samples and writes
+    # only rank 0 shows progress, calls on_task and writes
     assert said[0].count("on_task") == 2
     assert "learned cat in" in said[0]
     assert said[1] == ""
@@ -89,7 +89,7 @@ def test_two_processes_are_one_of_twice_the_batch(kind, changes, two, tmp_path):
 
 
 def alone_with_twice_the_batch(kind, folder, output, changes, gradients):
-    """One process with all pictures of which two took halves, and the first gradients of both."""
+    """Train in one process with the batch that two shared, and compare the first two gradients."""
     kept = []
     with pytest.MonkeyPatch.context() as patch:
         gradients_of(patch, kept)
@@ -112,7 +112,7 @@ def test_two_processes_take_pictures_of_the_same_shape(shaped, tmp_path):
 
 
 def test_each_rank_has_pictures_of_its_own(monkeypatch):
-    """Rows of the same draw: together those of one process, and none twice."""
+    """Ranks take different rows of one draw; together they are the batch of one process."""
     bank = LatentBank(torch.randn(50, 4, 8, 8), torch.rand(50, 4, 8, 8), torch.arange(50), torch.rand(50, 4), 0.5, 0.1)
     ids = [torch.arange(50)[:, None].expand(50, 7)]
 
@@ -134,7 +134,7 @@ def flip_a_bit(tensor):
 
 
 def spoil(rank, how, folder, output):
-    """A run of two concepts in which one rank goes wrong at the second one, or before it."""
+    """A run of two concepts in which one rank fails at the second one, or before it."""
     fold, commit, load = Adapters.fold_, Run.commit_task, data.load_image
 
     def fold_(adapters, name):
@@ -256,8 +256,6 @@ def test_learning_rates_grow_with_the_pictures_of_a_step_where_that_is_asked_for
     run(tinypipes.sd15(), two, tmp_path / "run", steps=1, batch=1, learning_rate=0.1, token_learning_rate=0.2, scale_lr=True)
     assert peaks[-1] == [0.025, 0.05]
 
-
-# the launchers
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--nproc_per_node", "2", "--master_port"],
