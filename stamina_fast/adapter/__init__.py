@@ -1,1 +1,1 @@
-"""The masked low-rank residual on a model: its options, its factors, and its life from task to task."""
+"""The masked low-rank residual on a model: options, factors, tokens, and what happens from task to task."""

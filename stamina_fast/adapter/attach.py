@@ -1,4 +1,4 @@
-"""attach: masked low-rank residuals on the text K/V projections of a U-Net, and their life from task to task."""
+"""`attach` puts masked low-rank residuals on the text K/V projections of a U-Net; `Adapters` trains, folds and removes them."""
 
 from __future__ import annotations
 
@@ -69,9 +69,12 @@ class Adapters:
 
     `attach` makes them. frozen: the modules whose parameters get no gradient until `detach`.
 
-    config: the options. stacks: one `Stack` per width, dtype and device. tokens: the pipeline's token bank, or None.
-    tasks: by name, in the order they were registered, the deterministic factors exactly as folded, on the CPU:
-    "stacks.I.a", ".b", ".p", ".q", ".gate_bias". folded: the names of the tasks that the weights hold now, in order.
+    config  the options
+    stacks  one `Stack` for each width, dtype and device
+    tokens  the pipeline's token bank, or None
+    tasks   the factors of each task as they were folded, by name, in order of registration. They are on the CPU, called
+            "stacks.I.a", ".b", ".p", ".q", ".gate_bias"
+    folded  the names of the tasks that are in the weights now, in order
     """
 
     def __init__(self, unet: nn.Module, slots: Mapping[str, nn.Linear], config: StaminaConfig, tokens, frozen: list[nn.Module]):
@@ -99,7 +102,7 @@ class Adapters:
 
     @property
     def noise(self) -> GateNoise | None:
-        """The noise of the mask: None, the default, for the deterministic gate; set it before each training step."""
+        """The noise of the mask. Set it before each training step; None, the default, is the deterministic gate."""
         return self._control.noise
 
     @noise.setter
@@ -116,13 +119,16 @@ class Adapters:
         self._control.tau = tau
 
     def arguments(self) -> list[dict]:
-        """Per stack, the keyword arguments of `masked_linear` in force (all but x), and "names", the projections in order."""
+        """For each stack, the keyword arguments of `masked_linear` in force but x, and "names", its projections in order."""
         return [stack.arguments() for stack in self._ready()]
 
     # parameters
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """A, B, Q, c and the mask MLPs of every stack, then the tokens' under "tokens."; the same objects for good."""
+        """A, B, Q, c and the mask MLPs of every stack, then those of the tokens under "tokens.".
+
+        These Parameter objects are never replaced, only their data.
+        """
         yield from self.stacks.named_parameters(prefix="stacks")
         if self.tokens is not None:
             for name, parameter in self.tokens.named_parameters():
@@ -134,14 +140,14 @@ class Adapters:
             yield parameter
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The current task's factors and token, by name: not the folded tasks, which are in `tasks`."""
+        """The current task's factors and token, by name. Folded tasks are in `tasks`, not here."""
         state = dict(self.stacks.state_dict(prefix="stacks."))
         if self.tokens is not None:
             state |= {f"tokens.{name}": tensor for name, tensor in self.tokens.state_dict().items()}
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy a state into the parameters. A missing, unknown or misshapen entry raises before the stacks change."""
+        """Copy a state into the parameters. A missing or unknown entry, or a wrong shape, raises before the stacks change."""
         parts = {"stacks": {}, "tokens": {}}
         for name, tensor in state.items():
             part, _, rest = name.partition(".")
@@ -171,15 +177,16 @@ class Adapters:
     # measures
 
     def penalties(self) -> tuple[Tensor, Tensor]:
-        """(sparsity, forgetting): the mean over the entries of all stacks, and the sum over them; 0-dim, differentiable."""
+        """(sparsity, forgetting), 0-dim and differentiable: a mean over the entries of all stacks, and a sum over them."""
         return self._penalties({})
 
     @contextlib.contextmanager
     def penalised(self) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
-        """Yields `penalties` for a block that holds a forward of the U-Net: there it comes out of the same operator calls.
+        """Yields `penalties` for a block with a forward of the U-Net, whose operator calls then compute the penalties too.
 
-        Mask and residual are then made once for the output and the penalties, and once for the gradients of both. The
-        first forward of the block counts; a stack that none has used is computed as by `Adapters.penalties`.
+        Mask and residual are made once in the forward and once in the backward, for the output and the penalties together.
+        The penalties are those of the first forward in the block. A stack that no forward has used is computed as by
+        `Adapters.penalties`.
         """
         before, self._control.penalties = self._control.penalties, {}
         found = self._control.penalties
@@ -193,7 +200,7 @@ class Adapters:
         return self._mean([sparsity for sparsity, _ in both]), sum(forgetting.to(both[0][1]) for _, forgetting in both)
 
     def density(self) -> Tensor:
-        """Share of open entries of the deterministic gate over all stacks, 0-dim float64; 1 without a mask."""
+        """The share of open entries of the deterministic gate over all stacks, 0-dim float64; 1 without a mask."""
         return self._mean([stack.density() for stack in self._ready()])
 
     def _mean(self, values: list[Tensor]) -> Tensor:
@@ -203,19 +210,19 @@ class Adapters:
         return weighted / sum(entries)
 
     def get_delta_weight(self, name: str) -> Tensor:
-        """M ⊙ AB [n, k] of the projection of this module name, deterministic gate, fp32 (fp64 for fp64), before rounding."""
+        """M ⊙ AB [n, k] of the projection with this module name, by the deterministic gate, in fp32 (fp64 for fp64)."""
         for stack in self._ready():
             if name in stack.names:
                 return stack.delta(stack.names.index(name))
         known = [known for stack in self.stacks for known in stack.names]
         raise InputError(f"there is no projection {name!r}; there are {len(known)}, such as {known[0]!r}")
 
-    # the life of a task
+    # from task to task
 
     def fold_(self, task: str | None = None) -> dict[str, Tensor]:
-        """End a task: W += [L > 0] ⊙ (A B) in every stack, the active token folded, and fresh factors.
+        """End a task: W += [L > 0] ⊙ (A B) in every stack, fold the active token, and start fresh factors.
 
-        `task` names it (default: "task-1", "task-2", …). Returns the token's folded embeddings, empty without one.
+        `task` is its name (default: "task-1", "task-2", …). Returns the token's embeddings, or {} without an active token.
         Raises InputError for a task folded before, RuntimeError for factors folded already or not finite.
         """
         stacks = self._ready(thorough=True)
@@ -238,7 +245,7 @@ class Adapters:
         return embeddings
 
     def add_task(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Register the stored factors of a task, without folding them: `rewind` does that. Fresh factors, as after a fold.
+        """Register the stored factors of a task, and start fresh ones as after a fold. `rewind` puts them into the weights.
 
         Raises InputError for a name that is taken, or factors that do not fit these stacks.
         """
@@ -280,7 +287,7 @@ class Adapters:
         self.folded = names
 
     def detach(self) -> None:
-        """Make the U-Net plain again: what is folded stays, in weights and tokens, and unfolded factors are dropped.
+        """Make the U-Net plain again. Folded tasks stay in weights and tokens; unfolded factors are dropped.
 
         Without a fold the weights have the bits that they had before attach. Every parameter of the model gets back the
         requires_grad that it had then. The adapters cannot be used afterwards.
@@ -313,7 +320,7 @@ class Adapters:
         return stacks
 
     def _guarded(self, save):
-        """save_pretrained, refused while it would leave out an unfolded residual."""
+        """save_pretrained that raises while factors are unfolded, since it would not save them."""
 
         @functools.wraps(save)
         def save_pretrained(*args, **kwargs):

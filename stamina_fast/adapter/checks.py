@@ -1,4 +1,4 @@
-"""What keeps projections from carrying adapters: each check raises one line with the remedy."""
+"""Checks that projections can carry adapters; each raises one line with the remedy."""
 
 from __future__ import annotations
 

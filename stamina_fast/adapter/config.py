@@ -1,4 +1,4 @@
-"""StaminaConfig: the choices the method leaves open, each named, documented, and with a default."""
+"""StaminaConfig: the options of the method, each with its meaning and a default."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class StaminaConfig:
         factor_scale: the other factor starts normal, with standard deviation factor_scale / sqrt(its fan-in): of k for
             B, of r for A.
     Mask
-        mask: "learned-low-rank", STAMINA's; "random-low-rank", drawn once per task with exactly `density` of its entries
-            open in every projection, and not trained (ablation); "none", M = 1: plain low-rank adaptation.
+        mask: "learned-low-rank" is STAMINA's. "random-low-rank" is drawn once per task and not trained (ablation); exactly
+            a share `density` of its entries is open in every projection. "none" is M = 1, plain low-rank adaptation.
         gate_rank: columns of P and rows of Q, s.
         density: of the mask at the start of a task, in (0, 1): c starts at ln(density / (1 - density)).
         gate_scale: standard deviation of the entries of P Q at the start, in logits.
@@ -42,15 +42,17 @@ class StaminaConfig:
         mlp_depth, mlp_width, mlp_activation: hidden layers of the mask MLP (0: one linear map), their width and activation.
         mlp_sharing: one MLP for the rows of a whole "stack", or one for every "projection".
         noise: whether training samples the mask with logistic noise; False trains the deterministic gate.
-        tau_start, tau_end, tau_schedule: temperature of the slope at the first and last step of a task, and the way
-            between them: "linear", "cosine" or "exponential". The hard mask itself does not depend on it.
+        tau_start, tau_end: temperature of the slope at a task's first and last step. It changes nothing in the mask itself.
+        tau_schedule: how it gets from one to the other: "linear", "cosine" or "exponential".
     Penalties, added to the loss
         sparsity_weight: of the expected density of the mask.
-        forgetting_weight: of Σ (S ⊙ Δ)², S the folded past (C-LoRA). It is not portable between models.
+        forgetting_weight: of Σ (S ⊙ Δ)² with S the sum of earlier folds (C-LoRA). Its scale differs between models.
     Token
-        token_mlp: whether an MLP on a fixed input makes the embedding (STAMINA), or the row itself is trained (C-LoRA).
-        token_init: where it starts: "random" or "mean" (a random direction, or the mean, of typical norm), or a known word.
-        token_depth, token_width, token_input_width: hidden layers (0: one linear map), their width, and of the input.
+        token_mlp: True: an MLP on a fixed input makes the embedding (STAMINA). False: the row itself is trained (C-LoRA).
+        token_init: where the embedding starts: "random" (a random direction) or "mean" (of the table), both at a typical
+            norm, or a word that the tokenizer knows.
+        token_depth, token_width: hidden layers of the token's MLP (0: one linear map) and their width.
+        token_input_width: width of its fixed input.
     seed: of the codes and of every fresh factor.
 
     Raises InputError, a ValueError, for a value that does not fit.
@@ -105,7 +107,7 @@ class StaminaConfig:
 
     @property
     def samples(self) -> bool:
-        """Whether training draws the mask with noise: only a learned mask is drawn."""
+        """Whether training samples the mask: only a learned mask is sampled."""
         return self.noise and self.mask == "learned-low-rank"
 
     def tau(self, progress: float) -> float:

@@ -1,4 +1,4 @@
-"""What happens at the start of a U-Net's forward: all projections of the text states are computed by one call."""
+"""At the start of a U-Net's forward, one operator call computes all projections of the text states."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .stack import SEEN
 
 
 class TextHook:
-    """Computes what every stack makes of the text states of a forward, and hands the states on with it.
+    """Projects the text states of a forward, and hands them on with the outputs of all projections attached.
 
-    It sits before the U-Net's forward. If the U-Net projects the text states itself (`text_projection`), then only the
-    output of that module reaches the projections, and the hook computes there.
+    It runs before the U-Net's forward. Some U-Nets first send the text states through a module of their own
+    (`text_projection`): there it runs after that module.
     """
 
     def __init__(self, unet: nn.Module, stacks: nn.ModuleList):
@@ -34,7 +34,7 @@ class TextHook:
             handle.remove()
 
     def before(self, unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The arguments of the U-Net's forward, after a check that nothing in it would drop the residuals."""
+        """Check that nothing in this U-Net would drop the residuals; return the arguments of its forward."""
         check_processors(self.attentions)
         compiling = torch.compiler.is_compiling()
         if not compiling:
@@ -51,10 +51,10 @@ class TextHook:
         return args, kwargs
 
     def hand_on(self, states: Tensor | tuple | list | None):
-        """The same text states as a tensor of this forward alone, which carries the outputs of all projections.
+        """A view of the text states that belongs to this forward and carries the outputs of all projections.
 
-        Two forwards before one backward, or a block that gradient checkpointing computes again, each find their own
-        outputs. Of a tuple (text first, then image prompts) only the text is projected here.
+        Two forwards before one backward each find their own outputs, and so does a block that gradient checkpointing
+        computes again. In a tuple the text comes first, before image prompts, and only the text is projected here.
         """
         if isinstance(states, tuple | list):
             return type(states)([self.hand_on(states[0]), *states[1:]]) if states else states

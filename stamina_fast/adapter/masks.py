@@ -1,4 +1,4 @@
-"""Where the gate's factors come from: P = MLP(E) with Q and c learned, or drawn once and left alone."""
+"""The gate's factors: P = MLP(E), Q and c that are learned, or P, Q and c that are drawn once per task."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ACTIVATIONS = {"silu": (F.silu, 1.6765), "relu": (F.relu, 1.4142), "gelu": (F.ge
 
 
 class MaskMLP(nn.Module):
-    """P [N, s] = MLP(E): E holds a fixed code for each row of each projection, so P costs one product a layer.
+    """P [N, s] = MLP(E), where E [N, e] holds a fixed code for each row of each projection.
 
-    With sharing "stack" one MLP reads the codes of all N rows. With "projection" each of the G projections has its own:
-    the codes are padded to the tallest projection and the products batched, `[G, max n, in] x [G, in, out]`.
-    Everything is `dtype`, fp32 or fp64, also under autocast: a logit is never half.
+    With mlp_sharing "stack" one MLP reads the codes of all N rows. With "projection" each of the G projections has an MLP of
+    its own. The codes are then padded to the tallest projection and the products batched, `[G, max n, in] x [G, in, out]`.
+    Everything is computed in `dtype`, fp32 or fp64, even under autocast: logits are never in half precision.
     """
 
     def __init__(self, sizes: tuple[int, ...], config: StaminaConfig, device: torch.device, dtype: torch.dtype, number: int):
@@ -71,18 +71,18 @@ class LearnedMask(nn.Module):
 
     @torch.no_grad()
     def reset_(self, generator: torch.Generator) -> None:
-        """Fresh P, Q and c in place: the density is the option's on average, wherever the noise samples it."""
+        """Fresh P, Q and c in place. The sampled mask has the density of the options on average."""
         self.mlp.reset_(generator)
         self.q.copy_(torch.randn(self.q.shape, generator=generator) * (self.config.gate_scale / math.sqrt(self.q.shape[1])))
         self.gate_bias.fill_(math.log(self.config.density / (1 - self.config.density)))
 
     def factors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """P, Q and c in force; P carries the graph of the MLP."""
+        """P, Q and c in force; gradients of P reach the MLP."""
         return self.mlp(), self.q, self.gate_bias
 
 
 class RandomMask(nn.Module):
-    """M = [P Q + c > 0] with P and Q normal and untrained, and c such that a share `density` of each projection is open."""
+    """M = [P Q + c > 0], not trained: P and Q are normal, and c opens a share `density` of each projection."""
 
     def __init__(self, sizes, k: int, config: StaminaConfig, device: torch.device, dtype: torch.dtype, low: torch.dtype):
         super().__init__()
@@ -93,7 +93,7 @@ class RandomMask(nn.Module):
 
     @torch.no_grad()
     def reset_(self, generator: torch.Generator) -> None:
-        """Draw P and Q, rounded as they will meet the weight, and put c half-way between the two entries at the quantile."""
+        """Draw P and Q in the precision of the weight, and put c half-way between the two logits at the quantile."""
         for factor in (self.p, self.q):
             factor.copy_(torch.randn(factor.shape, generator=generator).to(self.low))
         if self.p.is_meta:
@@ -111,7 +111,7 @@ class RandomMask(nn.Module):
 
 
 def density(p: Tensor, q: Tensor, gate_bias: Tensor, sizes: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Share of open entries of [P Q + c > 0], 0-dim float64, one projection at a time so that no N x k mask is held."""
+    """The share of open entries of [P Q + c > 0], 0-dim float64. One projection at a time, so that no N x k mask is held."""
     split = zip(p.split(sizes), q, gate_bias, strict=True)
     opened = [
         functional.gate_mask(rows, q_g[None], c_g[None], dtype=dtype).sum(dtype=torch.float64) for rows, q_g, c_g in split

@@ -1,4 +1,4 @@
-"""All K and V projections of one width, dtype and device as one matrix, of which the U-Net's weights are views."""
+"""All K and V projections of one width, dtype and device as one matrix; the U-Net's weights are views of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FACTORS = Factors._fields
 
 @dataclasses.dataclass
 class Control:
-    """What every stack of a U-Net obeys: the noise and temperature of the gate, and whether the residual is added.
+    """What all stacks of a U-Net read at every call: noise and temperature of the gate, and whether the residual is added.
 
     penalties: None, or where each stack puts its (sparsity, forgetting) at its next `project_all`.
     """
@@ -35,7 +35,7 @@ class Control:
 
 
 class StackedLinear(nn.Linear):
-    """A projection whose weight is rows of a `Stack`. A module takes this class on attach and its own back on detach."""
+    """A projection whose weight is rows of a `Stack`. `attach` gives a module this class, `detach` its own again."""
 
     def forward(self, x: Tensor) -> Tensor:
         stack, index = self.place
@@ -45,7 +45,7 @@ class StackedLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
     def _apply(self, fn, recurse: bool = True):
-        # .to(), .half() and their kin give the weight a memory of its own
+        # .to(), .half() and the like give the weight memory of its own
         self.place[0].tied = False
         return super()._apply(fn, recurse)
 
@@ -100,7 +100,7 @@ class Stack(nn.Module):
         self._tie(self.base.clone())
 
     def release(self) -> None:
-        """Give the U-Net its plain modules back, each weight with a memory of its own and the bits in force."""
+        """Make the projections plain modules again, each weight in memory of its own, with the bits that it has now."""
         for slot in self.slots:
             slot.weight.data = slot.weight.data.clone()
             del slot.place
@@ -121,12 +121,14 @@ class Stack(nn.Module):
     @torch.compiler.disable
     @torch.no_grad()
     def refresh(self, thorough: bool = False, rebuilding: bool = False) -> None:
-        """Notice weights that were moved, cast or written from outside, and tie the views again.
+        """Notice weights that were moved, cast or written from outside, and make them views of the stack again.
 
-        Moved or cast: W_0, the master and the factors follow, and the weight is rounded anew from the master. Written
-        with other values: they become the new W_0 while nothing is folded, and raise RuntimeError after a fold, since
-        the next fold would drop them. `thorough` compares the values even where no trace of a write is left;
-        `rebuilding` disregards them, as the weight is about to be made anew.
+        After a move or cast, W_0, the master and the factors follow, and the weight is rounded anew from the master.
+        Other values that were written become the new W_0 if nothing is folded. After a fold they raise RuntimeError,
+        since the next fold would overwrite them.
+
+        thorough    compare the values even if addresses and versions are as they were
+        rebuilding  accept any values, since the weight is about to be computed anew
         """
         marks = self._look()
         if marks == self._marks and not thorough:
@@ -171,7 +173,7 @@ class Stack(nn.Module):
     # one step
 
     def arguments(self) -> dict:
-        """Keyword arguments of `masked_linear` in force, except x, and "names": the projections in the order of the rows."""
+        """The keyword arguments of `masked_linear` in force, without x, and "names": the projections in order of their rows."""
         p, q, gate_bias = (None, None, None) if self.mask is None else self.mask.factors()
         return {
             "weight": self.weight, "a": self.a, "b": self.b, "p": p, "q": q, "gate_bias": gate_bias, "sizes": self.sizes,
@@ -195,11 +197,12 @@ class Stack(nn.Module):
         return y.split(self.sizes, dim=-1)
 
     def project(self, x: Tensor, index: int) -> Tensor | None:
-        """Projection `index` of x, without bias; None where the plain product is wanted.
+        """Projection `index` of x, without bias; None while disabled, when the plain product is wanted.
 
-        Text states that the U-Net's hook saw carry the outputs computed then, with the noise of that forward, however
-        many forwards ago. Any other tensor is computed here: the whole stack where the mask is sampled, since the
-        noise belongs to rows of the stack. Within backward that would take the noise of another time, and is refused.
+        Text states that the U-Net's hook saw carry the outputs of that forward, made with its noise, however many
+        forwards ago. For any other tensor the projection is computed here. With a sampled mask that takes the whole
+        stack, since the noise is a function of the stack's rows. Within backward the noise in force may be that of a
+        later step, so a projection is refused there.
         """
         seen = getattr(x, SEEN, None)
         if seen is not None and self in seen:
@@ -226,7 +229,7 @@ class Stack(nn.Module):
         start = sum(self.sizes[:index])
         return slice(start, start + self.sizes[index])
 
-    # the life of a task
+    # from task to task
 
     def reset_(self, generator: torch.Generator) -> None:
         """Fresh factors in place, with A·B = 0."""
@@ -241,12 +244,12 @@ class Stack(nn.Module):
 
     @property
     def unfolded(self) -> bool:
-        """Whether the factors in force add anything: A·B is not zero."""
+        """Whether the current factors may change the output: neither A nor B is all zero."""
         return bool(self.a.any()) and bool(self.b.any())
 
     @torch.no_grad()
     def snapshot(self) -> dict[str, Tensor]:
-        """The deterministic factors on the CPU, as a fold reads them: rounded to the weight's dtype, c in fp32."""
+        """The factors on the CPU as a fold reads them: rounded to the weight's dtype, but c in fp32 (fp64 for fp64)."""
         arguments = self.arguments()
         kept = {name: arguments[name] for name in FACTORS if arguments[name] is not None}
         dtypes = {name: compute_dtype(self.weight.dtype) if name == "gate_bias" else self.weight.dtype for name in kept}
@@ -254,7 +257,7 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def fold_(self, task: str, factors: Mapping[str, Tensor]) -> None:
-        """master += [L > 0] ⊙ (A B), weight = round(master), and so the U-Net's own weights."""
+        """master += [L > 0] ⊙ (A B); weight = round(master), which the U-Net's weights are views of."""
         if self.master is None:
             self.master = self.base.to(compute_dtype(self.weight.dtype), copy=True)
         here = {name: tensor.to(self.weight.device) for name, tensor in factors.items()}
@@ -277,7 +280,7 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def past(self) -> Tensor | None:
-        """S = master - W_0 in fp32 [N, k], one tensor that each fold writes over; None while nothing is folded."""
+        """S = master - W_0 in fp32 [N, k], or None while nothing is folded. The next fold overwrites this tensor."""
         if self.master is None:
             return None
         if not self._past_known:
@@ -306,7 +309,7 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def density(self) -> Tensor:
-        """Share of open entries of the deterministic gate, 0-dim float64."""
+        """The share of open entries of the deterministic gate, 0-dim float64."""
         if self.mask is None:
             return torch.ones((), dtype=torch.float64, device=self.weight.device)
         return masks.density(*self.mask.factors(), self.sizes, self.weight.dtype)

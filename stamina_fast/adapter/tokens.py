@@ -1,4 +1,4 @@
-"""The concept's token: an MLP on a fixed input makes its embedding while it is learnt, a row of the table holds it after."""
+"""The concept's token: in training an MLP on a fixed input makes its embedding, afterwards a row of the table holds it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ INITS = ("random", "mean")
 
 
 class TokenMLP(nn.Module):
-    """e = scale · MLP(code): a fixed code [width_in] to an embedding [d], fp32, whatever autocast says.
+    """e = scale · MLP(code): a fixed code [width_in] to an embedding [d], in fp32 even under autocast.
 
-    Every linear map is W x / sqrt(fan-in) + b with normal W, and scale is the size of one entry of a typical embedding, so
-    that a learning rate means about the same share of an embedding at any width and for any text encoder.
+    Every linear map is W x / sqrt(fan-in) + b with normal W. scale is the size of one entry of a typical embedding. A step at
+    a given learning rate then changes about the same share of an embedding, at any width and for any text encoder.
     """
 
     def __init__(self, width_in: int, width: int, depth: int, d: int, scale: float):
@@ -71,7 +71,7 @@ class TokenRow(nn.Module):
 
 
 class _Word:
-    """One text encoder, its tokenizer, and the row of its embedding table that stands for the token being learnt."""
+    """One text encoder with its tokenizer, and the id of the token being learnt."""
 
     def __init__(self, encoder: nn.Module, tokenizer: Any):
         if not getattr(tokenizer, "is_fast", False):
@@ -84,7 +84,7 @@ class _Word:
         self.norm = table.norm(dim=1).median().item()
         self.mean = table.mean(0).cpu()
         self.spare: Tensor | None = None
-        # on the device, so that the next token is no new program to a compiler; -1 is nobody's id
+        # a tensor, so that torch.compile needs no new program for the next token; no token has the id -1
         self.id = torch.full((), -1, device=self.table.device)
 
     @property
@@ -96,7 +96,7 @@ class _Word:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
     def check_new(self, token: str) -> None:
-        """Raise InputError for a token that this tokenizer has already, or would split."""
+        """Raise InputError for a token that is not one word, or that this tokenizer has already."""
         if not isinstance(token, str) or not token or not token.isprintable() or " " in token:
             raise InputError(f"the token must be one word, got {token!r}; write it as '<cat>'")
         pieces = self.ids(token)
@@ -118,7 +118,7 @@ class _Word:
         return index
 
     def resize(self, rows: int) -> None:
-        # the new row is drawn from the global generator and then overwritten: leave the caller's generators alone
+        # resizing draws the new row from the global generator: leave the caller's generators alone
         device = self.table.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             self.encoder.resize_token_embeddings(rows, mean_resizing=False)
@@ -135,7 +135,7 @@ class _Word:
             self.table[index] = self.spare
 
     def start(self, init: str, generator: torch.Generator) -> Tensor:
-        """Where a token starts, [d] fp32: a direction of typical norm, or the embedding of a word."""
+        """The embedding [d] that a token starts from, fp32: a direction of typical norm, or the embedding of a word."""
         if init in INITS:
             direction = torch.randn(self.mean.shape, generator=generator) if init == "random" else self.mean
             return direction * (self.norm / direction.norm())
@@ -147,10 +147,10 @@ class _Word:
 
 
 class TokenBank(nn.Module):
-    """The learnt words of a pipeline, one being learnt at a time, by one persistent MLP for each of its text encoders.
+    """The learnt tokens of a pipeline. One is learnt at a time, by an MLP for each text encoder that serves all of them.
 
-    While a token is active, a hook on the embedding puts the MLP's output in the place of the token's row, so that gradients
-    reach the MLP and the table stays as it is. Outside of `begin` … `fold_` the hook changes nothing.
+    While a token is active, a hook on the embedding puts the MLP's output in the place of the token's row. Gradients reach
+    the MLP, and the table stays as it is. Outside of `begin` … `fold_` the hook changes nothing.
 
     active  the token being learnt, or None
     tokens  the folded ones in order: token -> {"text_encoder": [d], "text_encoder_2": [d]}, fp32 on the CPU
@@ -158,7 +158,7 @@ class TokenBank(nn.Module):
     mlp     False: the row itself is the parameter (C-LoRA)
     init    where a token starts: "random" (a random direction) or "mean" (of the table), at the table's median norm, or a word
 
-    Parameters are fp32, outside the text encoders' own, and stay the same objects from token to token.
+    Parameters are fp32 and none of the text encoders' own. These objects are never replaced, only their data.
     """
 
     @torch.inference_mode(False)
@@ -167,7 +167,7 @@ class TokenBank(nn.Module):
         self.active: str | None = None
         self.tokens: dict[str, dict[str, Tensor]] = {}
         self.init = init
-        # a plain dict: the text encoders are no parts of this module
+        # a plain dict, so that the text encoders do not become submodules
         self._words = {
             encoder: _Word(getattr(pipeline, encoder), getattr(pipeline, tokenizer))
             for encoder, tokenizer in PAIRS if getattr(pipeline, encoder, None) is not None
@@ -194,9 +194,9 @@ class TokenBank(nn.Module):
         return hook
 
     def begin(self, token: str, seed: int = 0) -> None:
-        """Add a token to every tokenizer and table, and start its MLPs anew, in place, as a function of `seed` alone.
+        """Add a token to every tokenizer and table, and start the MLPs anew, in place, as a function of `seed` alone.
 
-        Raises InputError for a token that exists already, is no single word or does not stay whole; nothing is changed then.
+        Raises InputError, and changes nothing, for a token that exists already, is not one word, or would be split.
         """
         starts = {}
         for name, word in self._words.items():
@@ -211,7 +211,7 @@ class TokenBank(nn.Module):
         self.active = token
 
     def add(self, token: str, embeddings: Mapping[str, Tensor]) -> None:
-        """Register a token that was folded before, as `fold_` returned it; called in the same order, ids are the same."""
+        """Register a token with the embeddings that `fold_` returned. Calls in the same order give the same ids."""
         for name, word in self._words.items():
             row = embeddings.get(name)
             fits = row is not None and row.shape == word.mean.shape and torch.isfinite(row).all()
