@@ -1,4 +1,4 @@
-"""A RUN as adapters again: its base model, and the factors and tokens of its finished tasks."""
+"""Open a RUN again: its base model, adapters with its options, and its finished tasks in them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .pipeline.load import fingerprint, load_pipeline
 def base_model(run: Run, model=None, device=None):
     """The pipeline that the run was trained from, in the run's dtype.
 
-    model: where it is now, if not where the run's config says. Raises InputError for another model.
+    model: where it is now; default: where the run's config says. Raises InputError if it is another model.
     """
     pipeline = load_pipeline(run.config["model"] if model is None else model, device, getattr(torch, run.config["dtype"]))
     if fingerprint(pipeline) != run.config["fingerprint"]:
@@ -28,7 +28,7 @@ def base_model(run: Run, model=None, device=None):
 
 @contextlib.contextmanager
 def attached(run: Run, pipeline) -> Iterator[Adapters]:
-    """Adapters with the run's options on its base model, detached again when the block ends."""
+    """Attach adapters with the run's options to its base model, and detach them when the block ends."""
     adapters = attach(pipeline, StaminaConfig.from_dict(run.config["stamina"]))
     try:
         yield adapters
@@ -37,7 +37,7 @@ def attached(run: Run, pipeline) -> Iterator[Adapters]:
 
 
 def restore(adapters: Adapters, run: Run, names: Sequence[str]) -> None:
-    """Rebuild weights and tokens from W_0 and what these tasks of the run stored, in this order. All are read first."""
+    """Rebuild weights and tokens from W_0 and the stored files of these tasks, in this order. All files are read first."""
     loaded = {name: run.load_task(name) for name in names}
     for name, task in loaded.items():
         adapters.add_task(name, task.factors)

@@ -1,1 +1,1 @@
-"""All that is known of diffusers pipelines: how they are found and loaded, what they project, how they draw pictures."""
+"""diffusers pipelines: loading and freezing them, finding their text projections, drawing pictures."""

@@ -15,7 +15,7 @@ from ..errors import InputError
 
 TINY = "tiny"
 PARTS = ("unet", "vae", "text_encoder", "tokenizer")
-# values of each tensor that a fingerprint reads
+# how many values of each tensor a fingerprint reads
 SAMPLES = 64
 
 # (module, name of its parameter, requires_grad)
@@ -61,10 +61,10 @@ def load_pipeline(model, device=None, dtype: torch.dtype | None = None):
 
 
 def pool_at_the_end(pipeline) -> None:
-    """Let text encoders with the old end-of-text id find the end of a text that holds learned tokens.
+    """Make text encoders pool at the end of the text, even if it holds learned tokens.
 
-    Configurations as old as Stable Diffusion XL's say 2, and the pooled state is then taken at the largest id: the end for
-    every text of the base model, but the concept's token once there is one.
+    Old configurations, such as Stable Diffusion XL's, give 2 as the end-of-text id. transformers then pools at the largest
+    id in the text. For the base model that is the end of the text; a learned token has a larger id still.
     """
     for part, name in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")):
         encoder, tokenizer = getattr(pipeline, part, None), getattr(pipeline, name, None)
@@ -77,7 +77,7 @@ def pool_at_the_end(pipeline) -> None:
 
 
 def _from_files(model: str | Path, dtype: torch.dtype):
-    # diffusers and transformers take seconds to import, and stamina_fast itself does not need them
+    # imported here, since both take seconds and stamina_fast itself does not need them
     from diffusers import DiffusionPipeline
 
     if str(model) == TINY:
@@ -101,7 +101,7 @@ def _from_files(model: str | Path, dtype: torch.dtype):
 
 @contextlib.contextmanager
 def no_bars():
-    """diffusers and transformers load and save without progress bars of their own."""
+    """Hide the progress bars of diffusers and transformers until the block ends."""
     import diffusers
     import transformers
 
@@ -163,7 +163,7 @@ def frozen(pipeline):
 
 
 def fingerprint(pipeline) -> str:
-    """SHA-256 over the vocabularies, and up to 64 evenly spaced values of every tensor of the U-Net and text encoders."""
+    """SHA-256 of the vocabularies and of up to 64 evenly spaced values of each tensor of the U-Net and text encoders."""
     digest = hashlib.sha256()
     for part in ("tokenizer", "tokenizer_2"):
         if getattr(pipeline, part, None) is not None:

@@ -1,6 +1,7 @@
-"""Pictures from a pipeline: each from noise of its own, whatever the batch and the number of pictures.
+"""Pictures from a pipeline. The noise of each depends on the seed and its number, not on the batch.
 
-The rounding of a product may depend on the batch: such pictures are equal to a level of eight bits or so, not to the bit.
+The rounding of a product may depend on the batch. The same picture from another batch may then differ by about one of its
+256 levels.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from ..errors import InputError
 from ..seeds import derive_seed
 from .projections import find_projections, text_projection
 
-# text states whose projections are kept: those of one prompt, before and behind a U-Net's own projection of them
+# two sets of text states: those of a prompt, and what a U-Net's own module (`text_projection`) makes of them
 KEPT = 2
 
 
 class Known:
-    """What each projection made of the last text states, found by identity and version of everything it was made of."""
+    """The outputs of each projection for the last text states, while the states are the same tensors with the same values."""
 
     def __init__(self):
         self.states: list[tuple[Tensor, int, dict[nn.Module, tuple]]] = []
 
     def of(self, x: Tensor) -> dict[nn.Module, tuple]:
-        """What is known of these text states, as they are now; the oldest ones are forgotten."""
+        """The outputs known for these text states, by projection. New states push out the oldest."""
         for seen, version, made in self.states:
             if seen is x and version == x._version:
                 return made
@@ -36,14 +37,14 @@ class Known:
 
 
 class CachedLinear(nn.Linear):
-    """A projection that looks its output up. A module takes this class in `cached_projections`, and its own back after it."""
+    """A projection that keeps its outputs. `cached_projections` gives a module this class, and its own back at the end."""
 
     def forward(self, x: Tensor) -> Tensor:
         parameters = [self.weight] if self.bias is None else [self.weight, self.bias]
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
             return super().forward(x)
         if torch.is_inference_mode_enabled() or any(tensor.is_inference() for tensor in (x, *parameters)):
-            # such tensors do not count the writes to them
+            # inference tensors have no version, so a write to them would not be seen
             return super().forward(x)
         made, marks = self.known.of(x), [(p.data_ptr(), p._version) for p in parameters]
         if self in made:
@@ -51,7 +52,7 @@ class CachedLinear(nn.Linear):
             if version == y._version and then == marks:
                 return y
         y = super().forward(x)
-        # the memory of the parameters is kept too, since another's could come to lie at its address
+        # hold the parameters' memory, or other weights could later lie at the same address
         made[self] = y, y._version, marks, [p.detach() for p in parameters]
         return y
 
@@ -61,14 +62,14 @@ class CachedLinear(nn.Linear):
 
 @contextlib.contextmanager
 def cached_projections(unet_or_pipeline) -> Iterator[None]:
-    """K and V of the text computed once for all denoising steps of a plain U-Net, or of a pipeline's, to the same bits.
+    """Compute K and V of the text once for all denoising steps of a plain U-Net, or of a pipeline's, with the same bits.
 
-    A diffusers pipeline hands the same text states to every step. Their projections are kept, for the last two states seen,
-    and found again as long as states, weights and results are the same tensors and nothing was written to them (torch does
-    not count writes through `.data`, which must wait until the block ends). Under autograd, autocast, inference mode and
-    torch.compile they are computed each time. The classes of the modules are restored afterwards.
+    A diffusers pipeline gives the same text states to every step. The outputs for the last two text states are kept. They
+    are used again while states, weights and outputs are the same tensors and nothing was written to them. A write through
+    `.data` is not noticed: make it after the block. Under autograd, autocast, inference mode and torch.compile nothing is
+    kept. The modules get their own class back when the block ends.
 
-    Raises InputError where a projection is no plain Linear: with adapters attached, with LoRA, and in a second such block.
+    Raises InputError if a projection is not a plain Linear: with adapters attached, with LoRA, or in a second such block.
     """
     unet = getattr(unet_or_pipeline, "unet", unet_or_pipeline)
     unet = getattr(unet, "_orig_mod", unet)
@@ -81,7 +82,7 @@ def cached_projections(unet_or_pipeline) -> Iterator[None]:
             )
     modules, before = list(slots.values()), text_projection(unet)
     if type(before) is nn.Linear:
-        # its output is the text states of the others, and so has to be the same tensor at every step
+        # its output is what K and V see, so it must be the same tensor at every step
         modules.append(before)
     known = Known()
     for module in modules:
