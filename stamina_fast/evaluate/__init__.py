@@ -1,4 +1,4 @@
-"""Measures and pictures of a run: MMD² to real images, forgetting, plasticity, grids and plots."""
+"""Measures of a run (MMD² to real images, forgetting, plasticity) and its plots."""
 
 from .features import encoder
 from .mmd import mmd2

@@ -1,8 +1,8 @@
-"""Fixed image encoders φ: pictures in, features out. None of them is trained here, and none reaches for the network.
+"""Fixed image encoders φ from pictures to features. None is trained here, and nothing is downloaded.
 
-    layout          where colours and edges are; made for small pictures, needs nothing but scikit-image
-    clip, dino      openai/clip-vit-base-patch32 and facebook/dinov2-base, if this machine holds them already
-    anything else   the folder or hub id of a CLIP or DINOv2 model in the transformers format, likewise already here
+    layout          where colours and edges are; for small pictures, with scikit-image alone
+    clip, dino      openai/clip-vit-base-patch32 and facebook/dinov2-base, if they are in the local hub cache
+    anything else   the folder, or the id in the local hub cache, of a CLIP or DINOv2 model in the transformers format
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Encoder = Callable[[Sequence[Image.Image]], torch.Tensor]
 
 SIDE = 32
 HUB_IDS = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dinov2-base"}
-# cells along a side, and the root mean square distance between two unrelated pictures of the pre-training world,
-# by which the block is divided: the blocks then weigh alike whatever their size
+# cells along a side; and the root mean square distance between two unrelated pictures of the pre-training world, by which
+# a block is divided, so that blocks of any size weigh alike
 COLOUR_GRIDS = ((8, 0.599), (4, 0.567))
 EDGE_GRIDS = ((8, 1.214), (4, 1.036))
 
@@ -36,7 +36,7 @@ def _layout_blocks(image: Image.Image) -> list[np.ndarray]:
         side = SIDE // cells
         blocks.append(lab.reshape(cells, side, cells, side, 3).mean((1, 3)).ravel() / (cells * scale))
     for cells, scale in EDGE_GRIDS:
-        # one block over the whole picture: normalised cell by cell, the grain of an empty sky would count as much as a face
+        # normalised over the whole picture: cell by cell, the grain of an empty sky would count as much as a face
         edges = hog(gray, orientations=9, pixels_per_cell=(SIDE // cells,) * 2, cells_per_block=(cells,) * 2, block_norm="L2")
         blocks.append(edges / scale)
     return blocks
@@ -45,11 +45,11 @@ def _layout_blocks(image: Image.Image) -> list[np.ndarray]:
 def layout(images: Sequence[Image.Image]) -> torch.Tensor:
     """Where colours and edges are, float64 `[n, 960]`; deterministic.
 
-    The picture is averaged down to 32 x 32. Two grids of mean CIELAB colours (8 x 8 and 4 x 4 cells) and two histograms
-    of oriented gradients (cells of 4 and of 8 pixels, 9 orientations, scaled to length 1 over the whole picture). Between
-    unrelated pictures each of the four is 1 apart; the colours then count half that, so that of the squared distance
-    one fifth is colour and four fifths are edges. A picture with the right colours and no recognisable subject is
-    therefore still far away, which colour means or a broad blur would hide.
+    The picture is averaged down to 32 x 32. The features are two grids of mean CIELAB colours (8 x 8 and 4 x 4 cells) and
+    two histograms of oriented gradients (cells of 4 and of 8 pixels, 9 orientations, scaled to length 1 over the whole
+    picture). Each of the four is scaled so that unrelated pictures are 1 apart; the colours are then halved. So one fifth
+    of the squared distance is colour and four fifths are edges: a picture with the right colours and no recognisable
+    subject is still far away.
     """
     rows = []
     for image in images:
@@ -59,7 +59,7 @@ def layout(images: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def _model_folder(name: str) -> str:
-    """The folder of a local model or of a hub id in the local cache; never downloads."""
+    """The folder of a model, given as a folder or as the id of one in the local hub cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 

@@ -4,9 +4,9 @@
     A_mmd    = mean over j of MMD²(D_j, X_{N,j})      at the end                            lower is better
     F_mmd    = mean over j<N of MMD²(X_{j,j}, X_{N,j})  how far the pictures drifted        lower is better
 
-D_j are features of real images of concept j, X_{t,j} of samples of concept j after task t, row i of all of them from the
-same noise. One bandwidth a concept serves every comparison of that concept: the median distance between its real images,
-which depends on no model.
+D_j are features of real images of concept j, and X_{t,j} those of samples of concept j after task t. Sample i starts from the
+same noise in every X. All comparisons of a concept use one bandwidth, the median distance between its real images, which
+depends on no model.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ BANDWIDTH_RULE = "median distance between the concept's real images, the same fo
 
 
 def _ratio(value: float, base: float) -> float | None:
-    """`value` / `base`; None where the base's samples are as good as the real images, so that a ratio has no meaning."""
+    """`value` / `base`; None if the base's samples are as good as the real images, when a ratio means nothing."""
     return value / base if base > 0 else None
 
 
 def _concept(real, base, after, end, bandwidth: float, draws: int, seed: int) -> dict:
-    """The three comparisons of one concept with its real images, their ratios, and 95% bootstrap intervals of all five."""
+    """The three MMD² of one concept to its real images, two ratios, and 95% bootstrap intervals of all five."""
     samples = {"mmd_base": base, "mmd_after": after, "mmd_end": end}
     values = {key: mmd2(real, x, bandwidth) for key, x in samples.items()}
-    # the real images are resampled once for all three, so that a ratio's interval knows what its two parts share
+    # all three use the same resamples of the real images, since the two parts of a ratio are not independent
     times_real = resamples(len(real), draws, derive_seed(seed, "real"))
     redrawn = {key: bootstrap(real, x, bandwidth, times_real, resamples(len(x), draws, derive_seed(seed, key)))
                for key, x in samples.items()}

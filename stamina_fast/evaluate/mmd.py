@@ -37,10 +37,10 @@ def median_distance(x: torch.Tensor) -> float:
 
 
 def mmd2(x: torch.Tensor, y: torch.Tensor, bandwidth: float, paired: bool = False) -> float:
-    """The unbiased MMD² of features `[n, d]` and `[m, d]`; about 0, and below it by chance, if both are of one distribution.
+    """The unbiased MMD² of features `[n, d]` and `[m, d]`. For two samples of one distribution it is about 0, or below.
 
-    paired: x_i and y_i were drawn from the same noise, so that k(x_i, y_i) would be too large: these pairs are left out,
-    which keeps the estimate unbiased, and 0 for x = y.
+    paired: x_i and y_i come from the same noise, so k(x_i, y_i) is too large. These pairs are left out. The estimate stays
+    unbiased, and is 0 for x = y.
     """
     x, y = _features(x, "x"), _features(y, "y")
     n, m = len(x), len(y)
@@ -62,14 +62,14 @@ def resamples(count: int, draws: int, seed: int) -> torch.Tensor:
 def bootstrap(x: torch.Tensor, y: torch.Tensor, bandwidth: float, times_x: torch.Tensor, times_y: torch.Tensor) -> torch.Tensor:
     """MMD² of resampled images, `[draws]`; `times_x` `[draws, n]` and `times_y` `[draws, m]` come from `resamples`.
 
-    A pair of copies of one image says nothing about the distribution and would raise the within terms: it is left out,
-    as the pairs i = j are in `mmd2`.
+    Two copies of one image say nothing about the distribution and would raise the within terms. These pairs are left out,
+    as `mmd2` leaves out i = j.
     """
     x, y = _features(x, "x"), _features(y, "y")
 
     def within(z, times):
         k = kernel(z, z, bandwidth).fill_diagonal_(0)
-        # a sample that is one image over and over has no pair to judge by: 1, the kernel's value for equal images
+        # a sample of one image only has no pair: 1, the kernel's value for equal images
         pairs = times.sum(1).square() - times.square().sum(1)
         return torch.where(pairs > 0, ((times @ k) * times).sum(1) / pairs.clamp(min=1), 1.0)
 

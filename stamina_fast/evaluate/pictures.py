@@ -1,4 +1,4 @@
-"""Every picture of a run that evaluate draws, from its measures, curves and samples."""
+"""The plots of a run, from its measures, curves and samples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of a run: grids of samples beside real images, the task × concept map, training curves, bars of MMD²."""
+"""The plots: grids of samples beside real images, the task × concept heat map, training curves, bars of MMD²."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STYLE = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True,
     "grid.color": RULE, "grid.linewidth": 0.7, "xtick.color": QUIET, "ytick.color": QUIET, "axes.titlesize": 11,
     "axes.titleweight": "bold", "axes.titlelocation": "left", "figure.facecolor": "white", "savefig.facecolor": "white",
-    # a concept's name is shown as written: a dollar sign in it is no formula
+    # a dollar sign in a concept's name does not begin a formula
     "text.parse_math": False,
     "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.1,
 }
@@ -80,7 +80,7 @@ def wrap(text: str, inches: float, size: float = 10, weight: str = "normal", mos
 
 
 def mosaic(images: Sequence[Image.Image], columns: int, rows: int, side: int = 128, gap: int = 6) -> np.ndarray:
-    """Up to columns × rows pictures in one uint8 picture on white; small ones grow by whole pixels, so that they stay crisp."""
+    """Up to columns × rows pictures as one uint8 picture on white. Small ones are enlarged without blur."""
     canvas = np.full((rows * (side + gap) - gap, columns * (side + gap) - gap, 3), 255, np.uint8)
     for i, image in enumerate(images[: columns * rows]):
         method = Image.Resampling.NEAREST if image.width <= side else Image.Resampling.LANCZOS
@@ -95,7 +95,7 @@ def _show(axes, picture: np.ndarray) -> None:
 
 
 def concept_grid(path: Path, title: str, rows: Sequence[tuple[str, str, Sequence[Image.Image]]], columns: int = 8) -> None:
-    """One concept: a row of pictures each for real images, base, after its task, at the end. `rows`: label, note, pictures."""
+    """One concept: rows of pictures, real, from the base, after its task and at the end. `rows`: label, note, pictures."""
     with plt.rc_context(STYLE):
         left = max(1.65, *(0.27 + width(note, 8.5) for _, note, _ in rows))
         across = left + 1.02 * columns + 0.1
@@ -116,7 +116,7 @@ def concept_grid(path: Path, title: str, rows: Sequence[tuple[str, str, Sequence
 
 def overview(path: Path, title: str, stages: Sequence[str], concepts: Sequence[tuple[str, Sequence[Sequence[Image.Image]]]],
              columns: int = 3, rows: int = 2) -> None:
-    """Every concept in one picture: a line a concept, a column a stage. `concepts`: name and the pictures of each stage."""
+    """All concepts: a line for each concept, a column for each stage. `concepts`: name, and the pictures of each stage."""
     with plt.rc_context(STYLE):
         cell, gap, left, tall = 0.62 * columns, 0.22, 1.25, 0.62 * rows
         across = left + len(stages) * (cell + gap)
@@ -177,7 +177,7 @@ def heat_map(path: Path, names: Sequence[str], ratios: Sequence[Sequence[float |
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """A running mean over a tenth of the task, so that the trend shows through the noise of single steps."""
+    """A running mean over a tenth of the task."""
     window = max(1, len(values) // 10)
     ends = np.arange(1, len(values) + 1)
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -186,7 +186,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _spans(curves: Sequence[Sequence[dict]]) -> list[tuple[float, float]]:
-    """Where each task lies on one axis of steps: start and end."""
+    """The first step and the end of each task, on one axis for all tasks."""
     spans, start = [], 0.0
     for rows in curves:
         length = rows[-1]["step"] + 1 if rows else 1
@@ -196,9 +196,9 @@ def _spans(curves: Sequence[Sequence[dict]]) -> list[tuple[float, float]]:
 
 
 def training_curves(path: Path, names: Sequence[str], curves: Sequence[Sequence[dict]]) -> None:
-    """Loss, mask density and, where it was one, the forgetting penalty over all tasks, one after another.
+    """Loss, mask density and, if any task had one, the forgetting penalty, over all tasks in order.
 
-    A row of a curve: step, loss, forgetting; density, in the rows where it was read.
+    Each row of a curve has step, loss and forgetting. Some have density.
     """
     panels = [("loss", "loss"), ("density", "mask density"), ("forgetting", "forgetting penalty")]
     panels = panels if any(row["forgetting"] for rows in curves for row in rows) else panels[:2]

@@ -17,7 +17,7 @@ HELD_OUT, TRAINED = "held out", "trained on"
 
 
 def keep_held_out(run_path: str | Path, name: str, images: Sequence[str | Path]) -> Path:
-    """Copy real images of a concept that are not trained on into RUN/real/NAME, as PNG, for this and every later evaluation."""
+    """Copy real images of a concept, which it is not trained on, to RUN/real/NAME as PNG. Every evaluation uses them."""
     folder = make_folder(inside(Path(run_path), "real", safe_name(name)))
     for i, path in enumerate(images):
         write_image(folder / f"{i:04d}.png", open_image(path))
@@ -27,8 +27,9 @@ def keep_held_out(run_path: str | Path, name: str, images: Sequence[str | Path])
 def real_images(run: Run, size: int, real: str | Path | None = None) -> tuple[list[list[Image.Image]], str]:
     """The real images of every concept, as size x size squares from their middles, and whether they were held out.
 
-    They come from `real`, a folder with one folder of pictures a concept; else from RUN/real, where `keep_held_out` put
-    them; else they are the pictures that the run was trained on, which makes every number look better than it is.
+    They come from `real`, a folder with one folder of pictures for each concept. Without it they come from RUN/real, where
+    `keep_held_out` puts them. Without that either, they are the pictures that the run was trained on, and every number
+    looks better than it is.
     """
     names = [task["name"] for task in run.tasks()]
     kept = run.path / "real"
@@ -42,7 +43,7 @@ def real_images(run: Run, size: int, real: str | Path | None = None) -> tuple[li
 
 
 def _folder_of(root: Path, name: str) -> Path:
-    """The folder of a concept: of its name, if that is a plain one inside `root`, else of its safe name."""
+    """The folder in `root` with the concept's name; if there is none, or the name leads elsewhere, that with its safe name."""
     plain = root / name
     return plain if plain.is_dir() and plain.resolve().parent == root.resolve() else root / safe_name(name)
 

@@ -1,4 +1,4 @@
-"""evaluate_run: rebuild the model after every task, draw every concept it knew by then, and measure against real images."""
+"""evaluate_run: rebuild the model after every task, sample all concepts so far, and compare with real images."""
 
 from __future__ import annotations
 
@@ -28,15 +28,16 @@ def evaluate_run(
 ) -> dict:
     """Measure what a run learned and forgot; write RUN/metrics.json, grids into its task folders, and RUN/plots.
 
-    samples    pictures of every concept j after every task t >= j, and from the base model; the same noise for all of them
-    guidance   each value is measured; the first gives the top level of metrics.json, the last one's samples are shown
-    steps      of the sampler; seed: of the samples and of the bootstrap
+    samples    how many pictures of concept j after every task t >= j, and from the base model; all from the same noise
+    guidance   values to measure at. The first gives the top level of metrics.json, the last one's samples are shown
+    steps      of the sampler
+    seed       of the samples and of the bootstrap
     features   "layout", "clip", "dino", or the folder or hub id of a CLIP or DINOv2 (`features.encoder`)
-    model      the base model, if it is not where the run's config says
-    real       a folder with one folder of real images a concept, instead of those the run keeps (`real.real_images`)
+    model      the base model; default: where the run's config says
+    real       a folder with one folder of real images for each concept; default: those of the run (`real.real_images`)
 
-    The base model's samples have the concept's own prompt, its token as fresh as at the start of its task, and no residual.
-    Returns the content of metrics.json. Raises StaminaError in one line; metrics.json is then as it was.
+    Samples of the base model use the concept's prompt, with its token as it was at the start of its task, and no residual.
+    Returns the content of metrics.json. Raises StaminaError in one line, and then leaves metrics.json as it was.
     """
     run = Run.open(Path(run_path))
     if samples < 2 or steps < 1 or not guidance or min(guidance) < 1:
@@ -74,7 +75,7 @@ def evaluate_run(
 
 
 def _metrics(tasks: Sequence[Task], by_guidance: dict[str, dict], weights: list[dict]) -> dict:
-    """The first guidance's measures at the top, with what is known of each task, and all of them under "by_guidance"."""
+    """The measures at the first guidance with facts about each task, and those at every guidance as "by_guidance"."""
     first, top = next(iter(by_guidance.items()))
     rows = [
         {"name": task.info["name"], **values, "seconds": task.info["seconds"], "density": task.info["density"], **weight}
@@ -85,10 +86,10 @@ def _metrics(tasks: Sequence[Task], by_guidance: dict[str, dict], weights: list[
 
 
 class Sampler:
-    """Samples of every concept from the base and after every task: their features, and a few pictures of each to look at.
+    """Samples every concept from the base and after every task. Keeps their features, and a few pictures to show.
 
-    base_features[g][j] and features[g][t][j], j <= t, at guidance g; shown[stage][j]: PIL pictures at the last guidance, of the
-    stages "base", "after" and "end".
+    base_features[g][j] and features[g][t][j], j <= t, are at guidance g. shown[stage][j] are PIL pictures at the last
+    guidance, for the stages "base", "after" and "end".
     """
 
     def __init__(self, pipeline, adapters, run: Run, tasks: Sequence[Task], guidance, phi, how: dict, progress: Progress):
@@ -100,7 +101,7 @@ class Sampler:
         self.progress = progress
 
     def _draw(self, j: int) -> tuple[dict[float, torch.Tensor], list[Image.Image]]:
-        """Features at every guidance, and the first pictures at the last, of concept j from the model as it stands."""
+        """Concept j from the model as it is now: features at every guidance, and some pictures at the last one."""
         found = {}
         for g in self.guidance:
             images = to_pil(sample(self.pipeline, self.tasks[j].info["prompt"], guidance=g, **self.how))
@@ -109,7 +110,7 @@ class Sampler:
         return found, images[:SHOWN]
 
     def base(self) -> None:
-        """Every concept from W_0, its token as untrained as its task found it; then all tokens as they were learned."""
+        """Sample every concept from W_0 with its token not yet trained. Afterwards every token is as its task left it."""
         tokens, seed = self.adapters.tokens, self.run.config["train"]["seed"]
         self.progress.begin("base model", self.how["count"] * len(self.guidance) * len(self.tasks))
         for j, task in enumerate(self.tasks):
@@ -123,7 +124,7 @@ class Sampler:
         self.progress.end()
 
     def after_every_task(self) -> list[dict]:
-        """Rebuild the model after each task in turn and draw all concepts so far; returns what each did to the weights."""
+        """Rebuild the model after each task in turn and sample all concepts so far. Returns `weight_change` of each task."""
         names = [task.info["name"] for task in self.tasks]
         for name, task in zip(names, self.tasks, strict=True):
             self.adapters.add_task(name, task.factors)
@@ -148,15 +149,17 @@ class Sampler:
 def weight_change(past: Sequence[torch.Tensor], before: Sequence[torch.Tensor | None]) -> dict:
     """What a task did to the K/V weights, from W_t - W_0 and W_{t-1} - W_0 (None: 0) of every stack, fp32 `[N, k]`.
 
-    distance: ‖W_t - W_0‖. step: ‖W_t - W_{t-1}‖. overlap: of the entries this task changed, the share that earlier tasks had
-    changed too; None for the first task, or if it changed nothing.
+    distance  ‖W_t - W_0‖
+    step      ‖W_t - W_{t-1}‖
+    overlap   the share of the entries changed by this task that earlier tasks had changed too; None for the first task, or
+              if it changed nothing
     """
     steps = [now if old is None else now - old for now, old in zip(past, before, strict=True)]
     changed = sum(step.count_nonzero().item() for step in steps)
-    shared = sum(((step != 0) & (old != 0)).sum().item() for step, old in zip(steps, before, strict=True) if old is not None)
+    again = sum(((step != 0) & (old != 0)).sum().item() for step, old in zip(steps, before, strict=True) if old is not None)
     first = all(old is None for old in before)
 
     def norm(parts):
         return sum(part.double().square().sum().item() for part in parts) ** 0.5
 
-    return {"distance": norm(past), "step": norm(steps), "overlap": None if first or not changed else shared / changed}
+    return {"distance": norm(past), "step": norm(steps), "overlap": None if first or not changed else again / changed}
