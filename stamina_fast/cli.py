@@ -1,6 +1,6 @@
 """The command line: `stamina-fast demo | train | sample | evaluate | export | bench | doctor`.
 
-Each command imports what it runs when it runs, so that `--help` answers at once.
+Each command imports what it needs when it runs, so that `--help` answers at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .errors import StaminaError
 
 
 def explain(error: Exception) -> str:
-    """One line for an error that the person at the keyboard can put right."""
+    """The one line that is printed for an error that the user can put right."""
     if isinstance(error, OSError) and not isinstance(error, StaminaError) and error.errno is not None:
         where = f"{error.filename}: " if error.filename else ""
         remedy = {
@@ -32,7 +32,7 @@ def explain(error: Exception) -> str:
 
 
 class Commands(TyperGroup):
-    """Errors of the person's own making end as one line and exit code 2; any other one keeps its traceback."""
+    """Print a StaminaError or OSError as one line and exit with code 2. Any other error keeps its traceback."""
 
     def invoke(self, ctx):
         try:
@@ -45,7 +45,7 @@ class Commands(TyperGroup):
 
 
 def quiet() -> None:
-    """Leave the terminal to our own progress and to the one line of an error."""
+    """Hide progress bars and warnings of diffusers and transformers."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -151,7 +151,7 @@ def sample(
     cache: Annotated[bool, typer.Option("--cache", help="Keys and values once for all steps; same pictures.")] = False,
     device: Device = None,
 ) -> None:
-    """Draw pictures of a prompt: one PNG each, whose noise depends on the seed and its number alone."""
+    """Draw pictures of a prompt, one PNG each. The noise of a picture depends only on the seed and its number."""
     from .io.files import new_folder
     from .pipeline.load import load_pipeline
     from .pipeline.sampling import sample as draw, to_pil
@@ -203,7 +203,7 @@ def export(
     model: Base = None,
     device: Device = None,
 ) -> None:
-    """Write a folded model that needs nothing of this package."""
+    """Write a folded model that loads without this package."""
     from .export import export_diffusers
 
     quiet()

@@ -1,4 +1,4 @@
-"""The demo: teach the small model photographed subjects one after another, from photographs that scikit-image bundles."""
+"""The demo: teach the small model one subject after another, from photographs that scikit-image bundles."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ SUBJECTS = {
     "rocket": Subject("rocket.jpg", 321, 272, 300),
     "motorcycle": Subject("motorcycle_left.png", 388, 250, 452),
 }
-# a motorcycle is too much for the small model's pictures of 32 x 32 pixels; it is there for larger models
+# the motorcycle has too much detail for 32 x 32 pixels; it is for larger models
 TAUGHT = ("face", "cat", "coffee", "rocket")
 # a second photograph of the same subject, for its held-out crops: the other half of a stereo pair
 SECOND_PHOTOGRAPHS = {"motorcycle": Subject("motorcycle_right.png", 350, 250, 452)}
-# the demo's own guidance comes last: its samples are shown
+# the samples at the last one are shown
 GUIDANCE = (1.0, 2.0)
 # the share of the base model's MMD² at which a concept counts as learned
 NEAR = 0.6
@@ -50,17 +50,16 @@ NEAR = 0.6
 
 @dataclass(frozen=True)
 class Plan:
-    """How much the demo does: steps of training a concept; samples, and steps of the sampler, for every measure."""
+    """How much the demo does: options of the trainer; samples for every measure, and steps of the sampler."""
 
     train: dict
     samples: int
     sampler_steps: int
 
 
-# the pictures are crops and mirror images already, and are taken as they are
+# the pictures are crops and mirror images already, and are taken whole
 PICTURES = {"crops": 8, "crop_scale": 1.0, "flip": False}
-# the weight of the penalty on changing again what earlier concepts changed is a compromise between keeping the earlier concepts
-# and learning the later ones
+# the forgetting penalty keeps earlier concepts and hinders later ones: its weight is a compromise
 FULL = Plan({"method": "c-stamina", "steps": 600, "batch": 8, "learning_rate": 3e-3, "token_learning_rate": 5e-3,
              "lr_schedule": "cosine", "warmup": 10, "density": 0.5, "forgetting_weight": 0.1} | PICTURES,
             samples=16, sampler_steps=20)
@@ -73,7 +72,7 @@ HELD_OUT_CROPS = ((0.0, 0.0, 1.03), (0.0, 0.035, 0.97), (0.0, -0.035, 0.99), (0.
 
 
 def _crops(photograph: Image.Image, subject: Subject, crops, size: int) -> list[Image.Image]:
-    """The square crops, each followed by its mirror image, at size x size pixels; moved inward where they leave the picture."""
+    """The square crops at size x size pixels, each followed by its mirror image. All are moved to lie within the picture."""
     pictures = []
     for right, down, scale in crops:
         side = min(subject.side * scale, photograph.width, photograph.height)
@@ -93,9 +92,9 @@ def _write(folder: Path, pictures: list[Image.Image]) -> None:
 def prepare_concepts(folder: str | Path, size: int = 32, subjects=tuple(SUBJECTS)) -> Path:
     """Write `folder`/concepts/NAME (8 training pictures each) and `folder`/held-out/NAME (16); return the first of the two.
 
-    The pictures are crops of one photograph a subject, and their mirror images. Held-out crops are other crops than the
-    trained ones but overlap them, so they test whether the subject was learned, not whether it would be known from another
-    side; only the motorcycle's come from a second photograph.
+    The pictures are crops of one photograph for each subject, and their mirror images. Held-out crops differ from those for
+    training but overlap them. So they test whether the subject was learned, not whether it would be recognised from another
+    side. Only the motorcycle's held-out crops come from a second photograph.
     """
     folder = Path(folder)
     for name in subjects:
@@ -109,7 +108,7 @@ def prepare_concepts(folder: str | Path, size: int = 32, subjects=tuple(SUBJECTS
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """The small model's operators are too small to share between threads: on a busy machine, they would wait for each other."""
+    """Use one thread until the block ends: the small model's operators are too small for several, which would wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -123,8 +122,8 @@ def run_demo(output: str | Path = "runs/demo", quick: bool = False, *, model=TIN
              progress: bool = True) -> dict:
     """Teach `model` the subjects one after another into the RUN folder `output`, measure, and say what was learned.
 
-    quick: few steps and samples, which shows that everything works and not what it can do. The photographs are written
-    beside the run, in OUTPUT-photographs. A demo that was stopped goes on where it was. Returns the content of metrics.json.
+    quick: few steps and samples, to show that everything works but not what it can do. The photographs are written beside
+    the run, in OUTPUT-photographs. A demo that was stopped goes on from there. Returns the content of metrics.json.
     """
     start, output, plan = time.perf_counter(), Path(output), QUICK if quick else FULL
     console = Console(quiet=not progress, markup=False, highlight=False, soft_wrap=True)
@@ -144,7 +143,7 @@ def run_demo(output: str | Path = "runs/demo", quick: bool = False, *, model=TIN
 
 
 def report(console: Console, run: Run, metrics: dict, seconds: float) -> None:
-    """The table of measures, and what was learned, how long it took, and where to look."""
+    """Print the measures, what was learned, how long it took, and where to look."""
     tasks = metrics["tasks"]
     for guidance, measured in metrics["by_guidance"].items():
         console.print(measures_table(tasks, measured, guidance))
@@ -158,7 +157,7 @@ def report(console: Console, run: Run, metrics: dict, seconds: float) -> None:
 
 
 def measures_table(tasks: list[dict], measured: dict, guidance: str) -> Table:
-    """A row a concept, and the mean: MMD² to held-out images, and in brackets as a share of the base model's."""
+    """MMD² to held-out images, in brackets as a share of the base model's: a row for each concept, and the means."""
     table = Table(title=f"MMD² to held-out images, guidance {guidance} (share of the base model's)", title_justify="left")
     for column in ("concept", "training", "base", "just after (P_mmd)", "at the end", "drift"):
         table.add_column(column, justify="left" if column == "concept" else "right")

@@ -18,7 +18,7 @@ ARCHITECTURES = ((8, 0), (8, 9), (9, 0), (10, 0))
 
 
 def requirements(extra: str | None = None) -> list[Requirement]:
-    """What the installed package asks for on this platform; with `extra`, what that extra adds."""
+    """The requirements of the installed package on this platform; with `extra`, those that this extra adds."""
     wanted = [Requirement(line) for line in metadata.requires("stamina-fast") or []]
     plain = [r for r in wanted if r.marker is None or r.marker.evaluate({"extra": ""})]
     if extra is None:
@@ -38,7 +38,7 @@ def installed(requirement: Requirement) -> tuple[bool, str, str]:
 
 
 def devices() -> list[tuple[str, str]]:
-    """(device, what it is) of everything torch can compute on; without a GPU, why."""
+    """(device, description) of every device of torch. Without a GPU, the last row says why."""
     cores = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}"
     rows = [("cpu", f"{platform.processor() or platform.machine()}, {cores}")]
     for index in range(torch.cuda.device_count()):
@@ -62,7 +62,7 @@ def _table(title: str, *headings: str) -> Table:
 
 
 def _verified() -> Table:
-    """The default on each architecture that kernels are compiled for, that has a result, or that is here."""
+    """The default backend on each GPU architecture that is compiled for, has a committed result, or is in this machine."""
     here = {torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count())}
     table = _table("default on GPUs", "architecture", "default", "why")
     for capability in sorted({*ARCHITECTURES, *dispatch.VERIFIED, *here}):
@@ -74,7 +74,7 @@ def _verified() -> Table:
 
 
 def report(console: Console) -> bool:
-    """Print versions, devices and backends; whether everything that is required is there (extras are optional)."""
+    """Print versions, devices and backends. Returns whether everything required is installed; extras are not required."""
     complete = True
     versions = _table(f"stamina-fast {metadata.version('stamina-fast')} on Python {platform.python_version()}",
                       "package", "installed", "wanted", "remedy")

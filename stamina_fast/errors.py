@@ -1,10 +1,10 @@
-"""What a user can put right: every message is one line that says what was given, what is wanted and what to do."""
+"""Errors that a user can put right. Every message is one line: what was given, what is wanted, what to do."""
 
 from __future__ import annotations
 
 
 class StaminaError(Exception):
-    """Base of all errors that the command line prints as one line, without a traceback."""
+    """The base of all errors that the command line prints as one line, without a traceback."""
 
 
 class InputError(StaminaError, ValueError):

@@ -1,4 +1,4 @@
-"""A RUN as a model that needs nothing of this package: a diffusers folder of all of its concepts or of some."""
+"""Export a RUN as a diffusers folder that loads without this package, with all of its concepts or some."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .reopen import attached, base_model, restore
 def export_diffusers(
     run: str | Path, output: str | Path, tasks: Sequence[str] | None = None, *, model=None, device=None,
 ) -> Path:
-    """Write the folded pipeline of a RUN to the new or empty folder `output`, and return it.
+    """Write the folded pipeline of a RUN to the new or empty folder `output`, and return that folder.
 
-    tasks   names of the concepts to keep, in any order: the weights are rebuilt from the base model and their stored factors.
-            Default: all, which copies RUN/model
-    model   the base model, if it is not where the run's config says; used with `tasks`
-    device  where the weights are rebuilt; the manifest names the one whose bits they are
+    tasks   names of the concepts to keep, in any order. The weights are then rebuilt from the base model and the stored
+            factors. Default: all, by a copy of RUN/model
+    model   the base model; default: where the run's config says. Used only with `tasks`
+    device  where the weights are rebuilt. They have the bits of training on the device that the manifest names
 
-    The result is loaded once before it counts. Raises InputError for an unknown concept or another base model, FileError
-    for a damaged run or an `output` that holds anything; then nothing is written.
+    The result is loaded once as a check. Raises InputError for an unknown concept or another base model, and FileError for a
+    damaged run or an `output` that is not empty. Then nothing is written.
     """
     run = Run.open(Path(run))
     known = [task["name"] for task in run.tasks()]
@@ -43,7 +43,7 @@ def export_diffusers(
 
 
 def copy_model(run: Run, target: Path) -> None:
-    """RUN/model, file by file."""
+    """Copy RUN/model. Raises FileError if the run is not finished."""
     source = run.path / "model"
     if not (source / "model_index.json").is_file():
         raise FileError(f"{str(source)!r} is no finished model; go on with train --resume, or name finished concepts as tasks")
@@ -51,7 +51,7 @@ def copy_model(run: Run, target: Path) -> None:
 
 
 def rebuild(run: Run, names: Sequence[str], model=None, device=None):
-    """The plain pipeline that holds only these concepts of the run, folded in the order in which they were learned."""
+    """A plain pipeline with only these concepts of the run, folded in the order in which they were learned."""
     pipeline = base_model(run, model, device)
     with attached(run, pipeline) as adapters:
         restore(adapters, run, names)

@@ -1,1 +1,1 @@
-"""Files a run reads and writes: atomic, hashed, contained in their folder, and free of code."""
+"""The files that a run reads and writes: written whole or not at all, hashed, inside their folder, and free of code."""

@@ -1,4 +1,4 @@
-"""What to learn: one folder of pictures a concept, or diffusers' concepts_list.json."""
+"""The concepts to learn, from a folder of pictures for each, or from diffusers' concepts_list.json."""
 
 from __future__ import annotations
 
@@ -64,14 +64,18 @@ class Concept:
 
 
 def load_concepts(source: Path) -> list[Concept]:
-    """The concepts of a folder or of a concepts_list.json, in the order to be learnt.
+    """The concepts of a folder or of a concepts_list.json, in the order in which they are learned.
 
-    A folder holds one folder of pictures a concept (by name), or the pictures of a single concept; the prompt is then
-    'a photo of <name>'. concepts_list.json is a list of objects with "instance_data_dir" and "instance_prompt", whose token
-    stands in angle brackets or is given as "token"; "class_prompt", "class_data_dir" (pictures for prior preservation) and
-    "name" are optional, and relative folders start at the file. Captions are FILE.txt beside FILE.jpg, or "text" beside
-    "file_name" in metadata.jsonl. No picture is opened here: `images.check_image` checks one.
-    Raises InputError or FileError that name the file, the folder or the entry.
+    A folder holds a folder of pictures for each concept, named after it, or the pictures of one concept. The prompt is then
+    'a photo of <name>'.
+
+    concepts_list.json is a list of objects. Each has "instance_data_dir" and "instance_prompt", with the token in angle
+    brackets or given as "token". "class_prompt", "class_data_dir" (pictures for prior preservation) and "name" are
+    optional. Relative folders start at the file.
+
+    A caption is FILE.txt beside FILE.jpg, or "text" beside "file_name" in metadata.jsonl.
+
+    Raises InputError or FileError that names the file, the folder or the entry.
     """
     source = Path(source)
     with clear_errors("read", source):
@@ -116,7 +120,7 @@ def _from_entry(entry: dict[str, Any], where: str, root: Path) -> Concept:
         raise InputError(f"{where}: instance_prompt {prompt!r} must hold one new word, found {len(found)}; write it in angle "
                          "brackets, as in 'a photo of <cat>', or give it as \"token\"")
     name = entry.get("name", found[0].strip("<>*"))
-    # a folder that other trainers would fill before they begin
+    # the folder may be missing: other trainers fill it themselves
     others = root / entry["class_data_dir"] if "class_data_dir" in entry else None
     of_class = tuple(list_images(others)) if others is not None and others.is_dir() and "class_prompt" in entry else ()
     return _concept(root / entry["instance_data_dir"], name, found[0], prompt, entry.get("class_prompt"), of_class)

@@ -1,7 +1,7 @@
-"""Files that are either wholly there or not at all, and readers that say in one line what is wrong with one.
+"""Files that are written whole or not at all, and readers that say in one line what is wrong with a file.
 
-A write goes to a hidden file beside the target: write, fsync, rename over the target, fsync of the folder. Whatever stops
-it, the old file stays as it was.
+A write goes to a hidden file beside the target: write, fsync, rename over the target, fsync the folder. If it is
+interrupted, the old file is still there.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def clear_errors(doing: str, path: Path) -> Iterator[None]:
         reason, remedy = error.strerror or str(error), _REMEDY.get(error.errno, "check the disk")
         raise FileError(f"cannot {doing} {str(path)!r}: {reason}; {remedy}") from error
     except safetensors.SafetensorError as error:
-        # how that library says that a disk refuses
+        # safetensors raises this for a full disk
         raise FileError(f"cannot {doing} {str(path)!r}: {error}; check the disk") from error
     except ValueError as error:
         # such as a NUL in the path
@@ -61,7 +61,7 @@ def sha256(data: bytes) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable. Only POSIX lets a folder be opened for that."""
+    """Make the names in a folder durable, on POSIX; other systems cannot open a folder."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -71,7 +71,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it; nothing happens where there is none."""
+    """Remove a file, a link, or a folder with its content. It is no error if there is none."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -79,7 +79,7 @@ def remove(path: Path) -> None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Create a folder and its parents, durably; one that is there already is left as it is."""
+    """Create a folder and its parents, durably. One that exists is left as it is."""
     with clear_errors("create the folder", folder):
         if not folder.is_dir():
             make_folder(folder.parent)
@@ -90,9 +90,9 @@ def make_folder(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
-    """A folder to fill that appears as `path`, durably, when the block ends well, and not at all when it raises.
+    """Yield a folder to fill. It becomes `path`, durably, when the block ends, and is removed if the block raises.
 
-    `path` must not exist or be empty, unless `replace`: the older folder then stays until the new one is complete.
+    `path` must not exist or must be empty. With `replace` an older folder stays until the new one is complete.
     Raises FileError, also for an OSError in the block.
     """
     path = Path(path).absolute()
@@ -125,7 +125,7 @@ def new_folder(path: Path, replace: bool = False) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, data: bytes) -> str:
-    """Replace a file atomically and durably. Returns the SHA-256 of `data`; raises FileError and leaves the old file."""
+    """Write a file atomically and durably, and return the SHA-256 of `data`. After a FileError the old file is still there."""
     path = Path(path)
     partial = path.with_name(f".{path.name}{PARTIAL}")
     with clear_errors("write", path):
@@ -149,7 +149,7 @@ def write_bytes(path: Path, data: bytes) -> str:
 
 
 def read_bytes(path: Path, expected: str | None = None) -> bytes:
-    """The bytes of a file, checked against their SHA-256 when that is given."""
+    """The bytes of a file, checked against their SHA-256 if it is given."""
     with clear_errors("read", path):
         data = Path(path).read_bytes()
     if expected is not None and (found := sha256(data)) != expected:
@@ -167,7 +167,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON with every key once in its object; raises ValueError, also for text nested too deeply."""
+    """Parse JSON. Raises ValueError, also for a key that occurs twice or text nested too deeply."""
     try:
         return json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
@@ -175,7 +175,7 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def write_json(path: Path, value: Any) -> str:
-    """Write JSON, indented; returns its SHA-256. NaN and infinity are an InputError: JSON has no word for them."""
+    """Write indented JSON and return its SHA-256. NaN and infinity, which JSON cannot hold, raise InputError."""
     try:
         text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
         return write_bytes(path, (text + "\n").encode())
@@ -184,7 +184,7 @@ def write_json(path: Path, value: Any) -> str:
 
 
 def read_json(path: Path, expected: str | None = None) -> Any:
-    """Read JSON, checked against a SHA-256 when that is given."""
+    """Read JSON, checked against a SHA-256 if it is given."""
     data = read_bytes(path, expected)
     try:
         return parse_json(data)
@@ -193,7 +193,7 @@ def read_json(path: Path, expected: str | None = None) -> Any:
 
 
 def yaml_bytes(value: Any) -> bytes:
-    """Plain values (no objects) as YAML, in the order given."""
+    """Plain values as YAML, in the order given; objects are refused."""
     try:
         return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode()
     except yaml.YAMLError as error:
@@ -202,7 +202,7 @@ def yaml_bytes(value: Any) -> bytes:
 
 
 def read_yaml(path: Path, expected: str | None = None) -> Any:
-    """Read YAML with plain values only, checked against a SHA-256 when that is given."""
+    """Read YAML of plain values, checked against a SHA-256 if it is given."""
     data = read_bytes(path, expected)
     try:
         return yaml.safe_load(data)
@@ -212,19 +212,20 @@ def read_yaml(path: Path, expected: str | None = None) -> Any:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write tensors of any device as safetensors; returns the file's SHA-256."""
+    """Write tensors of any device as safetensors, and return the file's SHA-256."""
     for name in tensors:
         if reason := _bad_name(name):
             raise InputError(f"cannot write {str(path)!r}: the tensor name {name!r} {reason}; use plain dotted names")
-    # copies, because the format refuses tensors that share memory
+    # copies, because the format refuses tensors that overlap in memory
     plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
     return write_bytes(path, safetensors.torch.save(plain))
 
 
 def read_tensors(path: Path, expected: str | None = None) -> dict[str, Tensor]:
-    """Tensors of a safetensors file, on the CPU, checked against a SHA-256 when that is given.
+    """The tensors of a safetensors file, on the CPU, checked against a SHA-256 if it is given.
 
-    Raises FileError for what the format's own reader lets pass too: a name that occurs twice or that climbs out of a folder.
+    Raises FileError for a damaged file, and for two things that safetensors accepts: a name that occurs twice, and one that
+    is a path out of its folder.
     """
     data = read_bytes(path, expected)
     try:
@@ -236,7 +237,7 @@ def read_tensors(path: Path, expected: str | None = None) -> dict[str, Tensor]:
 
 
 def _check_header(data: bytes) -> None:
-    """The header is 8 bytes of length, little endian, then JSON."""
+    """Check the header: its length in 8 bytes, little endian, then JSON."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > len(data) - 8:
         raise ValueError(f"{len(data)} bytes cannot hold its header")

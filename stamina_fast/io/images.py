@@ -1,4 +1,4 @@
-"""Read and write pictures, with a limit on their size that is checked before anything is decoded."""
+"""Read and write pictures. Their size is checked before they are decoded."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from ..errors import InputError
 from .files import clear_errors, sha256, write_bytes
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# no format that runs another program, as EPS does
+# EPS is left out, since reading it runs another program
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-# pictures all the same, which would otherwise be left out without a word
+# picture formats that cannot be read: refused, since leaving them out would go unnoticed
 OTHERS = (".heic", ".heif", ".avif", ".jxl", ".psd", ".svg")
 MAX_PIXELS = 64_000_000
 MIN_SIDE = 16
@@ -57,10 +57,10 @@ def check_image(path: Path) -> str:
 
 
 def open_image(path: Path) -> Image.Image:
-    """A picture as it is meant to be seen: decoded, upright (EXIF), 8-bit RGB, transparent parts white.
+    """Decode a picture to 8-bit RGB, turned upright by its EXIF data, with transparent parts white.
 
-    Raises InputError, which names the file, for anything that is not a picture of at least MIN_SIDE pixels a side and at most
-    MAX_PIXELS in all.
+    Raises InputError, which names the file, unless it is a picture of at least MIN_SIDE pixels a side and at most MAX_PIXELS
+    in all.
     """
     with _reading(path) as file, _named(path):
         image = _open(file, path)
@@ -87,7 +87,7 @@ def _named(path: Path) -> Iterator[None]:
         raise
     except Image.DecompressionBombError as error:
         raise InputError(f"{str(path)!r} has more than {MAX_PIXELS:,} pixels; make it smaller") from error
-    # a decoder may raise anything at all on a file made to harm it
+    # a decoder may raise any exception for a malicious file
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"cannot read {str(path)!r} as a picture: {reason}; save it again as JPEG or PNG") from error
@@ -131,7 +131,7 @@ def as_floats(image: Tensor) -> Tensor:
 
 
 def to_picture(image: Tensor) -> Image.Image:
-    """[3, H, W] in [-1, 1] as an 8-bit RGB picture; the inverse of `as_floats` to the bit."""
+    """[3, H, W] in [-1, 1] as an 8-bit RGB picture; exactly the inverse of `as_floats`."""
     pixels = ((image.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 

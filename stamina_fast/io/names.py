@@ -1,4 +1,4 @@
-"""Names that people choose, made safe: as a folder, as a token, and as a path that stays where it belongs."""
+"""Turn names that people choose into folder names, tokens, and paths inside a given folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _allowed(text: str, pattern: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """`name`, if a concept may be called so: some text on one line."""
+    """Return `name` if it fits a concept: printable text on one line. Raises InputError otherwise."""
     if not isinstance(name, str) or not name.strip() or not name.isprintable():
         raise InputError(f"a concept's name must be printable text on one line, got {name!r}; give it another name")
     return name
@@ -37,19 +37,19 @@ def safe_name(name: str) -> str:
 
 
 def token_for(name: str) -> str:
-    """The token text of a concept: 'My cat' gives '<my-cat>'. Lower case, because CLIP's tokenizers do not see any other."""
+    """The token of a concept: 'My cat' gives '<my-cat>'. Lower case, as CLIP's tokenizers make all text."""
     plain = re.sub(r"\s+", "-", check_name(name).strip()).lower()
     kept = _allowed(plain, r"[^a-z0-9._-]+")
     return f"<{kept}>" if kept == plain else f"<{kept or 'concept'}-{_short_hash(name)}>"
 
 
 def same(text: str) -> str:
-    """What two names have in common if a person or a file system would take one for the other."""
+    """A form that is equal for two names which a person or a file system would take for the same."""
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def check_distinct(what: str, texts: Iterable[str]) -> None:
-    """Refuse names or tokens that are the same apart from case, spaces or the form of their letters."""
+    """Raise InputError for two names or tokens that differ only in case, spaces or the Unicode form of their letters."""
     seen: dict[str, str] = {}
     for text in texts:
         if (first := seen.get(same(text))) is not None:

@@ -1,12 +1,12 @@
-"""The RUN folder. A task counts once the manifest names it, with the SHA-256 of each of its files.
+"""The RUN folder. A task is finished when the manifest names it, with the SHA-256 of each of its files.
 
-    config.yaml                what was asked for
+    config.yaml                the model, the concepts and all options
     manifest.json              {"tasks": [{"name", "sha256", "folder", "files", "folded_by"}, …], "config", "sha256"}
-    tasks/NN-name/             factors.safetensors, token.safetensors, curve.json, task.json, and pictures that are not hashed
-    checkpoint-NN-STEP.safetensors   while a task is being learned: its state after STEP steps, hashed in the manifest too
+    tasks/NN-name/             factors.safetensors, token.safetensors, curve.json, task.json; and pictures, not hashed
+    checkpoint-NN-STEP.safetensors   the state of an unfinished task after STEP steps, hashed in the manifest too
 
-A task's files are written and made durable before the manifest is replaced, so that a run killed at any moment has a task
-either whole or not at all.
+A task's files are written and made durable before the manifest is replaced. So a run that is killed at any moment has a task
+whole or not at all.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Record(BaseModel):
 
 
 class _Checkpoint(BaseModel):
-    """The state within the task after the last of the manifest."""
+    """The state of the unfinished task, which follows the last one in the manifest."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     task: str
@@ -64,7 +64,7 @@ class _Checkpoint(BaseModel):
 
 
 class _Manifest(BaseModel):
-    """`config` is the SHA-256 of config.yaml `sha256` that of everything else here."""
+    """`config` is the SHA-256 of config.yaml, and `sha256` that of everything else here."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     tasks: list[_Record] = []
@@ -76,12 +76,12 @@ class _Manifest(BaseModel):
         return sha256(self.model_dump_json(exclude={"sha256", *self.absent()}).encode())
 
     def absent(self) -> set[str]:
-        """What is not written where there is none."""
+        """Fields that are left out of the file because they are empty."""
         return {"checkpoint"} if self.checkpoint is None else set()
 
 
 class Task(NamedTuple):
-    """What a task left: tensors by name, a row of the curve for each step read, and task.json."""
+    """A finished task: tensors by name, a row of the curve for each step that was read, and task.json as `info`."""
 
     factors: dict[str, Tensor]
     token: dict[str, Tensor]
@@ -90,7 +90,7 @@ class Task(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """A task that was interrupted: its name, the steps done, and the state after them, tensors by name."""
+    """The saved state of an unfinished task: its name, the steps done, and tensors by name."""
 
     task: str
     step: int
@@ -98,7 +98,7 @@ class Checkpoint(NamedTuple):
 
 
 class Run:
-    """A RUN folder: `Run.create` to train into it, `Run.open` to read it. `path` is the folder, `config` what was asked for."""
+    """A RUN folder: `Run.create` to train into it, `Run.open` to read it. `config` is the content of config.yaml."""
 
     def __init__(self, path: Path, config: dict[str, Any]):
         self.path, self.config = path, config
@@ -107,8 +107,8 @@ class Run:
     def create(cls, path: Path, config: dict[str, Any], resume: bool = False) -> Run:
         """A new run in a folder that does not exist or is empty.
 
-        resume: go on with the run that is there, whose `config` is the one it was created with (compare it), after what a
-        killed run left unfinished is removed. Raises FileError for a folder that holds anything else.
+        resume: if there is a run in the folder, remove what a kill left unfinished in it, and return it. It keeps the config
+        that it was created with: compare that with `config`. Raises FileError for a folder that holds anything else.
         """
         path = make_folder(Path(path))
         with clear_errors("read the folder", path):
@@ -117,7 +117,7 @@ class Run:
             run = cls.open(path)
             run._clean()
             return run
-        # killed while it was created, before the manifest
+        # what a run leaves that is killed before it has a manifest
         unborn = {"config.yaml", f".config.yaml{PARTIAL}", f".manifest.json{PARTIAL}"}
         if there - (unborn if resume else set()):
             remedy = "choose another folder" if resume else "resume it if it is a run, or choose another folder"
@@ -129,7 +129,7 @@ class Run:
 
     @classmethod
     def open(cls, path: Path) -> Run:
-        """An existing run, checked and left as it is; also while another process trains into it."""
+        """An existing run. Only reads, so another process may train into it at the same time."""
         path = Path(path)
         if not (path / "manifest.json").is_file():
             raise FileError(f"{str(path)!r} is not a run: it has no manifest.json; give a folder that train has written")
@@ -142,15 +142,15 @@ class Run:
         return [record.model_dump() for record in self._read().tasks]
 
     def folder(self, name: str) -> Path:
-        """The folder of a finished task, for pictures and whatever else needs no acknowledgement."""
+        """The folder of a finished task, for pictures and other files that the manifest does not name."""
         return inside(self.path, "tasks", self._record(name).folder)
 
     def commit_task(self, name: str, factors: dict[str, Tensor], token: dict[str, Tensor], curve: list[dict[str, Any]],
                     info: dict[str, Any], folded_by: dict[str, str] | None = None) -> Path:
-        """Store a finished task; when this returns, it survives a crash and a power loss. Returns its folder.
+        """Store a finished task and return its folder. From then on it survives a crash and a power loss.
 
-        folded_by: backend and device whose fold `factors` reproduces to the bit. Raises InputError for a name that is taken
-        and FileError where the disk refuses; the tasks before it are as they were in either case.
+        folded_by: backend and device that folded it; there `factors` give the same bits again. Raises InputError for a name
+        that is taken, and FileError if the disk refuses. Earlier tasks are left as they were in either case.
         """
         manifest = self._read()
         check_distinct("task's name", [*(task.name for task in manifest.tasks), name])
@@ -170,19 +170,19 @@ class Run:
             manifest.checkpoint = None
             self._write(manifest)
         except StaminaError:
-            # the first error is the one to report, whatever a disk in trouble says to cleaning up
+            # report this error, not one that cleaning up may raise on the same disk
             with contextlib.suppress(StaminaError):
                 self._clean()
             raise
-        # the task is stored: what cannot be removed now is removed before the next is written
+        # the task is stored; what cannot be removed now is removed before the next task
         with contextlib.suppress(StaminaError):
             self._clean()
         return path
 
     def save_checkpoint(self, task: str, step: int, tensors: dict[str, Tensor]) -> None:
-        """Store the state after `step` steps of the task in hand, in the place of an earlier one; durable when this returns.
+        """Store the state of the unfinished task after `step` steps, durably. It replaces an earlier checkpoint.
 
-        `commit_task` removes it. Raises FileError where the disk refuses; the earlier checkpoint is then as it was.
+        `commit_task` removes it. Raises FileError if the disk refuses, and then leaves the earlier checkpoint as it was.
         """
         manifest = self._read()
         file = f"checkpoint-{len(manifest.tasks) + 1:02d}-{step:06d}.safetensors"
@@ -194,15 +194,12 @@ class Run:
                 self._clean()
 
     def load_checkpoint(self) -> Checkpoint | None:
-        """The state within the task after the finished ones, or None where none was saved.
-
-        Raises FileError for one that is missing or damaged.
-        """
+        """The checkpoint of the unfinished task, or None. Raises FileError if its file is missing or damaged."""
         found = self._read().checkpoint
         return None if found is None else Checkpoint(found.task, found.step, read_tensors(self.path / found.file, found.sha256))
 
     def load_task(self, name: str) -> Task:
-        """A finished task, every file checked against the manifest. Raises FileError for one that is missing or damaged."""
+        """A finished task. Raises FileError if a file of it is missing, or not as the manifest has it."""
         record = self._record(name)
         path, files = inside(self.path, "tasks", record.folder), record.files
         return Task(
@@ -237,7 +234,7 @@ class Run:
         write_json(self.path / "manifest.json", manifest.model_dump(exclude=manifest.absent()))
 
     def _clean(self) -> None:
-        """Remove what an interrupted write left: half-written files, and folders and checkpoints without a manifest's word."""
+        """Remove what a kill left: half-written files, and folders and checkpoints that the manifest does not name."""
         manifest = self._read()
         kept = {record.folder for record in manifest.tasks} | {manifest.checkpoint.file if manifest.checkpoint else ""}
         with clear_errors("clean", self.path):
