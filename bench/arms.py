@@ -1,7 +1,7 @@
 """The arms: each way to compute K/V of a whole U-Net that the bench compares, and each way to fold.
 
-A `Product` computes the outputs of all projections. Run without gradients it is an arm of the forward; run with them, and
-then differentiated, it is an arm of forward + backward.
+A `Product` computes the outputs of all projections. Without gradients it is an arm of the forward. With gradients, and then
+differentiated, it is an arm of forward + backward.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ BACKWARD = " +backward"
 
 @dataclass(frozen=True)
 class Product:
-    """`compute` gives one output [T, N] or one a projection; `leaves` names what is differentiated, in one or more parts."""
+    """`compute` returns one output [T, N], or one a projection. `leaves` names what is differentiated, in one or more parts."""
 
     compute: Callable[[], Tensor | tuple[Tensor, ...]]
     leaves: dict[str, list[Tensor]]
@@ -42,7 +42,7 @@ class Product:
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the table. `calls` do the same work in other memory each; `kind` names the truth they are held to."""
+    """One row of the table. `calls` do the same work, each in other memory. `kind` names the truth that checks them."""
 
     name: str
     what: str
@@ -85,7 +85,7 @@ def masked(problem: Problem, function: Callable[..., Tensor]) -> Product:
 
 
 def peft_lora(problem: Problem) -> Product:
-    """PEFT's LoRA on every projection as its users have it, adapters in fp32; A B without mask. Raises ImportError."""
+    """PEFT's LoRA on every projection as its users run it: adapters in fp32, A B without mask. Raises ImportError."""
     from peft import LoraConfig, get_peft_model
 
     rank = problem.case.rank
@@ -143,7 +143,7 @@ def products(problems: list[Problem], backends: list[str], compiled: bool) -> tu
 def folds(problems: list[Problem], backends: list[str]) -> list[Arm]:
     """The copy of W, and the fold by the reference and every backend, alone and through an fp32 master.
 
-    They work on copies of the weight, so that the products' own stays what it is.
+    They write to copies of the weight, so that the weight of the products stays unchanged.
     """
     weights = [problem.weight.clone() for problem in problems]
     masters = [problem.weight.to(torch.float32, copy=True) for problem in problems]

@@ -1,7 +1,7 @@
-"""Clocks. All arms of a comparison take turns in one run, in an order shuffled anew each round.
+"""Clocks. All arms of a comparison take turns in one run, and each round shuffles their order.
 
-On a GPU an arm is timed by device events in four modes: replayed as a CUDA graph or launched eagerly, with a warm L2 (the
-same memory again) or a cold one (copies taken in rotation, together several times the L2). On a CPU there is one mode.
+On a GPU, device events time an arm in four modes. It is replayed as a CUDA graph or launched eagerly, and the L2 is warm (the
+same memory every time) or cold (copies in rotation, together several times the L2). On a CPU there is one mode.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FEWEST_ROUNDS = 5
 
 
 def copies_needed(case: Case, nbytes: int) -> int:
-    """Copies of a problem of `nbytes` that together are three times the L2; 1, and no cold mode, for more than MOST_COPIES."""
+    """Copies of a problem of `nbytes` that fill three times the L2; 1, and no cold mode, if these are over MOST_COPIES."""
     if not case.device.startswith("cuda"):
         return 1
     cache = torch.cuda.get_device_properties(case.device).L2_cache_size
@@ -38,7 +38,7 @@ def copies_needed(case: Case, nbytes: int) -> int:
 
 
 def take_turns(samples: dict[str, Callable[[], float]], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Milliseconds of every sample in every round; a first round does not count, and says how many rounds fit `seconds`."""
+    """Milliseconds of every sample in every round. A first round is not counted; it tells how many rounds fit `seconds`."""
     order, times = list(samples), {name: [] for name in samples}
     shuffle = random.Random(0).shuffle
     start = time.perf_counter()
@@ -78,7 +78,7 @@ def event_time(run: Callable[[], None], calls: int) -> float:
 
 
 def gpu_sample(arm: Arm, mode: str, stream: torch.cuda.Stream, pool) -> Callable[[], float]:
-    """One timed replay or launch of several calls: of all copies in turn where cold, of the first one again where warm.
+    """One timed replay or launch of several calls: of all copies in turn if cold, of the first one every time if warm.
 
     Raises RuntimeError where the arm cannot be captured.
     """
@@ -99,7 +99,7 @@ def gpu_sample(arm: Arm, mode: str, stream: torch.cuda.Stream, pool) -> Callable
     run = launch
     if mode.startswith("graph"):
         graph = torch.cuda.CUDAGraph()
-        # no graph's results are read after another's replay, so all share their memory, which is a stream's own
+        # nobody reads the results of one graph after another's replay, so all graphs share one pool of memory
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             launch()
         run = graph.replay
@@ -128,9 +128,9 @@ def time_arms(arms: list[Arm], mode: str, rounds: int, seconds: float) -> tuple[
 
 
 def memory(arms: list[Arm], device: str) -> dict[str, tuple[int, int]]:
-    """{arm: (bytes kept for backward beyond y, most bytes held during forward + backward)}, of what was not there before.
+    """{arm: (bytes kept for backward beyond y, most bytes held during forward + backward)}, beyond what was there before.
 
-    Read off the allocator, not off what autograd says that it saved: nothing can hide from it.
+    It is read off the allocator, which sees everything, and not off what autograd says it saved.
     """
     gc.collect()
     return gpu_memory(arms) if device.startswith("cuda") else cpu_memory(arms)
@@ -156,7 +156,7 @@ def gpu_memory(arms: list[Arm]) -> dict[str, tuple[int, int]]:
 
 
 def cpu_memory(arms: list[Arm]) -> dict[str, tuple[int, int]]:
-    """One recording of all arms: every allocation and release, between the marks of its arm."""
+    """One recording of all arms: every allocation and release, with marks around each arm."""
     results = {}
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         for arm in arms:

@@ -1,9 +1,9 @@
 """What every Triton kernel costs, read from its machine code, without a GPU: `python -m bench.compile_report`.
 
-Each kernel and configuration that ships is compiled for each architecture as a launch on Stable Diffusion 1.5's stack
-would specialise it, and the SASS is counted. The table (Markdown and JSON under bench/results) is committed, so that a
-change shows its cost in the diff; rows of other Triton versions stay as they are. `--check` also fails on any spill, on a
-missing tensor-core instruction, and on a budget exceeded by more than `EXCESSES` says.
+Each kernel and configuration that ships is compiled for each architecture, specialised as for a launch on the stack of Stable
+Diffusion 1.5. Then its SASS instructions are counted. The table (Markdown and JSON under bench/results) is committed, so that a
+change shows its cost in the diff. Rows of other Triton versions stay. `--check` fails on a spill, on a missing tensor-core
+instruction, and on a budget exceeded by more than `EXCESSES` allows.
 
     slots   thread instructions a weight: those of the largest loop that makes a mask (of the whole kernel where it has no
             loop), times the threads of a program, over the weights that one turn of it handles. A nested loop (over
@@ -51,7 +51,7 @@ KERNELS = {
     "penalty gate factors": factors.factors_kernel,
     "tau penalty factors": factors.factors_kernel,
 }
-# the name that a kernel's configuration has, where it is another
+# the name of a kernel's configuration, where it differs from the kernel's
 CONFIGURED = {"rebuild": "fold"}
 # kernels without tokens
 FOLDS = ("fold", "rebuild", "penalties")
@@ -63,10 +63,10 @@ TOKENS = (77, 308)
 # issue slots and special functions a weight
 FORWARD, BACKWARD = (12.0, 1.0), (22.0, 2.0)
 BUDGET = {kernel: FORWARD if kernel in ("forward", *FOLDS) else BACKWARD for kernel in KERNELS}
-# Blackwell's data-centre parts have instructions of their own, which Triton takes where a tile suits them
+# Blackwell's data-centre parts have instructions of their own, which Triton uses for tiles that suit them
 TENSOR_CORES = {90: ("HGMMA",), 100: ("UTCHMMA", "UTCQMMA", "HMMA")}
 SPECIAL = re.compile(r"MUFU|I2F|F2I")
-# tensor memory of an SM, columns: a kernel that asks for more compiles to a trap
+# columns of tensor memory of an SM: a kernel that asks for more compiles to a trap
 TENSOR_MEMORY = 512
 
 
@@ -122,7 +122,7 @@ ODD = ("T", "tiles", "tasks")
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel as one launch compiles it: N = 24,960, k = 768, contiguous arguments, fp32 factors, an fp32 master."""
+    """One kernel, compiled as for a launch with N = 24,960, k = 768, contiguous arguments, fp32 factors and an fp32 master."""
 
     kernel: str
     arch: int
@@ -192,7 +192,7 @@ def parse(code: str) -> list[Instruction]:
 
 
 def gate_loop(code: list[Instruction]) -> list[Instruction]:
-    """The largest loop body that holds an exponential; the whole code up to its last exit where there is none."""
+    """The largest loop body with an exponential, or else the whole code up to its last exit."""
     at = {label: index for index, instruction in enumerate(code) for label in instruction.labels}
     bodies = [code[at[i.target] : n + 1] for n, i in enumerate(code) if i.target in at and at[i.target] < n]
     bodies = [body for body in bodies if any(i.opcode.startswith("MUFU.EX2") for i in body)]
@@ -202,7 +202,7 @@ def gate_loop(code: list[Instruction]) -> list[Instruction]:
 
 
 def counted(body: list[Instruction]) -> list[Instruction]:
-    """A body without the blocks that take a logarithm, which only tau != 1 needs, and without padding."""
+    """A body without padding, and without the blocks with a logarithm, which only tau != 1 needs."""
     blocks, block = [], []
     for instruction in body:
         if instruction.labels and block:
@@ -275,7 +275,7 @@ def faults(row: dict) -> list[str]:
 
 
 def cases(kernels, architectures, dtypes, ranks, tokens) -> list[Case]:
-    """Every case of a product; folds have no tokens, and batches are told apart at the main ranks only."""
+    """Every case of a product. Folds have no tokens; only the main ranks have several batches."""
     every = (Case(k, a, d, r, s, t) for a, k, d, (r, s), t in product(architectures, kernels, dtypes, ranks, tokens))
     first = {k: tokens[:1] if k in FOLDS else tokens for k in kernels}
     return [c for c in every if c.tokens == tokens[0] or (c.tokens in first[c.kernel] and (c.r, c.s) == ranks[0])]

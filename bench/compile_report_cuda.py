@@ -1,8 +1,8 @@
 """What every CUDA kernel costs, read from its machine code, without a GPU: `python -m bench.compile_report_cuda [LIBRARY]`.
 
-The SASS of a built _C_cuda, by default that of this package, is counted for each architecture in it. The table (Markdown and
-JSON under bench/results) is committed, so that a change shows its cost in the diff. `--check` also fails on a spill, a missing
-tensor-core instruction and a missing 16-byte access, and where sm_90a has no HGMMA or bulk copy. Nothing here was run.
+The SASS instructions of a built _C_cuda, by default this package's, are counted for each architecture in it. The table
+(Markdown and JSON under bench/results) is committed, so that a change shows its cost in the diff. `--check` fails on a spill,
+on a missing tensor-core instruction or 16-byte access, and on sm_90a without HGMMA or bulk copies. No kernel is run.
 
     slots   thread instructions a weight: those of the largest loop that makes a mask (of the whole kernel where it has no
             loop), times the threads of a block, over the weights that one turn of it handles. Branches for other cases (no
@@ -27,13 +27,13 @@ from pathlib import Path
 from .compile_report import TOOLS, counted, gate_loop, parse, widest_load
 
 OUTPUT = Path(__file__).parent / "results" / "compile_report_cuda"
-# {kernel: (threads of a block, weights that it handles in one turn of its loop)}; a turn: one span of 256 columns and 64
-# rows; of dx, 32 rows; of the factors, 16
+# {kernel: (threads of a block, weights of one turn of its loop)}. A turn takes a span of 256 columns and 64 rows; of dx, 32
+# rows; of the factors, 16
 TURNS = {
     "forward": (128, 64 * 256), "forward_hopper": (128, 64 * 256), "input": (256, 32 * 256), "factors": (128, 16 * 256),
     "fold": (128, 64 * 64), "penalties": (128, 64 * 64),
 }  # fmt: skip
-# fewer instructions: a kernel that an architecture leaves to another one
+# a kernel with fewer instructions is a stub: this architecture runs another one
 EMPTY = 40
 
 
@@ -43,7 +43,7 @@ def output_of(tool: str, *arguments: str, cwd: str | None = None) -> str:
 
 
 def named(mangled: str) -> tuple[str, str]:
-    """("forward", "bf16, ranks to 16, noise") of a mangled name."""
+    """("forward", "bf16, ranks to 16, noise") from a mangled name."""
     kernel = re.search(r"\d+([a-z_]+)_kernel", mangled)[1]
     dtype = "bf16" if "4Bf16" in mangled else "fp16" if "4Half" in mangled else "fp32"
     flags = re.search(r"_kernelI.*?E((?:Lb[01]E|Li\d+E)*)E", mangled)[1]

@@ -1,11 +1,12 @@
-"""Everything that a GPU can show, unattended and within a time: `make gpu`, or `python -m bench.gpu` in a checkout.
+"""Every check and timing that needs a GPU, unattended and within a time: `make gpu`, or `python -m bench.gpu` in a checkout.
 
-The stages run one after another, each in a process of its own with its own log and limit: _C_cuda built for this GPU, the GPU
-tests, compute-sanitizer, and the bench in parts. What is left is one folder to commit, with summary.md on top. Run again, it
-goes on: a stage that this very code has passed in that folder is not repeated. Needs torch, triton, numpy, pytest, safetensors
-and transformers; nvcc and cmake for _C_cuda, peft for its arms, diffusers, pydantic, rich, pillow and pyyaml for the tests and
-timings of training, matplotlib for the plots.
-Nothing is installed: the package is used as it lies in the checkout.
+The stages run one after another, each in its own process with its own log and time limit. They build _C_cuda for this GPU, run
+the GPU tests and compute-sanitizer, and then the bench in parts. The result is one folder to commit, with summary.md as its
+overview. A second run continues: it skips stages that the same code has passed in that folder.
+
+It needs torch, triton, numpy, pytest, safetensors and transformers; nvcc and cmake for _C_cuda; peft for its arms; diffusers,
+pydantic, rich, pillow and pyyaml for the tests and timings of training; matplotlib for the plots. Nothing is installed: the
+package runs from the checkout.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Stage:
 
 
 def stages(output: Path) -> list[Stage]:
-    """What is most wanted comes first, in case the time does not reach."""
+    """The most important stages come first, in case time runs out."""
     python = sys.executable
     imports = "import stamina_fast as sf, stamina_fast.kernels.masked_linear, stamina_fast.bench.run; print(sf.backends())"
 
@@ -73,7 +74,7 @@ def stages(output: Path) -> list[Stage]:
         return Stage(name, command, limit, {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}, report)
 
     def build(limit: float) -> Stage:
-        """_C_cuda into the package; without it every stage goes on with the other backends."""
+        """Build _C_cuda into the package. If that fails, the later stages run with the other backends."""
         missing = [tool for tool in ("nvcc", "cmake") if not shutil.which(tool)]
         folder = output / "build"
         target = architecture(torch.cuda.get_device_capability()) if torch.cuda.is_available() else "native"
@@ -95,7 +96,7 @@ def stages(output: Path) -> list[Stage]:
         """A whole training step beside diffusers' loops."""
         missing = [package for package in TRAINING if find_spec(package) is None]
         command = (python, "-m", "stamina_fast.bench.step", "--device", "cuda", "--output", str(output / f"step-{name}.json"))
-        # most of the time goes to random weights and to steps that are marked, counted and traced
+        # most of the time goes into random weights, and into steps that are marked, counted and traced
         timed = ("--seconds", f"{limit / 4:.0f}", "--rounds", "15", *options)
         left_out = f"training needs {', '.join(missing)}: not installed" if missing else ""
         return Stage(f"step-{name}", (*command, *timed), limit, left_out=left_out)
@@ -104,10 +105,10 @@ def stages(output: Path) -> list[Stage]:
         missing = "" if shutil.which("compute-sanitizer") else "compute-sanitizer is not on PATH; the CUDA toolkit has it"
         program = (python, "-m", "stamina_fast.bench.sanitize")
         if tool is None:
-            # by itself first, which compiles the kernels: under a tool that would take far longer
+            # first without the tool, which compiles the kernels: under the tool that takes far longer
             return Stage("sanitizer-none", program, limit, left_out=missing)
         check = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *program)
-        # without torch's own cache of memory, so that each tensor has bounds that the sanitizer knows
+        # without torch's caching allocator, so that the sanitizer knows the bounds of each tensor
         return Stage(f"sanitizer-{tool}", check, limit, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, left_out=missing)
 
     kernels = ["tests/kernels/test_kernels.py", "tests/ops/test_gate.py", "tests/ops/test_penalties.py"]
@@ -125,7 +126,7 @@ def stages(output: Path) -> list[Stage]:
 
 @contextlib.contextmanager
 def checkout() -> Iterator[Path]:
-    """A folder for PYTHONPATH in which the package is whole: stamina_fast/ with kernels/ and bench/ in it, all links."""
+    """A folder of links for PYTHONPATH with the whole package: stamina_fast/, and in it kernels/ and bench/."""
     with tempfile.TemporaryDirectory(prefix="stamina-fast-") as folder:
         (Path(folder) / "stamina_fast").mkdir()
         link_parts(Path(folder))
@@ -133,7 +134,7 @@ def checkout() -> Iterator[Path]:
 
 
 def link_parts(folder: Path) -> None:
-    """Links to the parts of the package that the folder does not have yet: a stage may have built one."""
+    """Add links to parts of the package that the folder lacks, such as what a stage has built."""
     for part in (*(ROOT / "stamina_fast").iterdir(), ROOT / "kernels", ROOT / "bench"):
         link = folder / "stamina_fast" / part.name
         if part.name != "__pycache__" and not link.exists():
@@ -141,7 +142,7 @@ def link_parts(folder: Path) -> None:
 
 
 def ended(process: subprocess.Popen, limit: float) -> int | None:
-    """The exit code within `limit` seconds, or None; whatever happens, nothing of the process group is left running."""
+    """The exit code, or None after `limit` seconds. In any case the whole process group is ended."""
     try:
         return process.wait(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -170,7 +171,7 @@ def note_of(stage: Stage, log: Path) -> tuple[bool, list[str]]:
         outcomes, reasons = count_tests(stage.report)
         lines = [", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))]
         lines += [f"skipped {count}: {reason}" for reason, count in reasons.most_common()]
-        # a run in which everything is skipped has shown nothing
+        # a run that skipped every test proves nothing
         return outcomes["passed"] > 0 and not outcomes["failed"], lines
     trouble = r"RED|not run|: failed|left out|no cold times|no plots|: no (graph|eager),|runs uncaptured"
     wanted = re.compile(trouble + r"|ERROR SUMMARY|^visited|, by rounds |^peak |^left with ")
@@ -191,7 +192,7 @@ def run_stage(stage: Stage, output: Path, path: Path, seconds: float) -> dict:
         if stage.report is not None:
             stage.report.unlink(missing_ok=True)
         paths = os.pathsep.join(filter(None, (str(path), os.environ.get("PYTHONPATH"))))
-        # the folder that a command runs in must not come before those paths: it holds stamina_fast without its kernels
+        # the working folder must not come before those paths: its stamina_fast has no kernels
         settings = {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", **stage.environment}
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | settings
         with log.open("w") as sink:
@@ -210,7 +211,7 @@ def run_stage(stage: Stage, output: Path, path: Path, seconds: float) -> dict:
 
 
 def passed_before(stage: Stage, output: Path) -> dict | None:
-    """The record of a stage that this very code has passed in this folder."""
+    """The record of a stage that the same code has passed in this folder."""
     record = output / "stages" / f"{stage.name}.json"
     if not record.is_file():
         return None

@@ -1,4 +1,4 @@
-"""What a timing depends on besides the code: the machine, the versions, and exactly which code it was."""
+"""What identifies a timing: the machine, the versions, and exactly which code ran."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def output_of(*command: str) -> str | None:
 
 
 def source_hash(folders: tuple[str, ...] = SOURCES) -> str:
-    """SHA-256 over the names and bytes of all code in `folders`: it tells two checkouts apart where git is not at hand."""
+    """SHA-256 over the names and bytes of all code in `folders`. It tells two versions apart where there is no git."""
     digest = hashlib.sha256()
     suffixes = {".py", ".cpp", ".cu", ".h", ".hpp", ".cuh"}
     # ROOT itself: an installed package holds kernels/ and bench/
@@ -59,7 +59,7 @@ def commit() -> tuple[str | None, bool | None]:
     # an installed package may lie in somebody else's repository
     if not (ROOT / ".git").exists():
         return None, None
-    # but for the results themselves, which a bench writes one after another
+    # the results themselves do not count: a bench writes them one after another
     changed = output_of("git", "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)bench/results")
     return output_of("git", "rev-parse", "HEAD"), None if changed is None else bool(changed)
 

@@ -23,7 +23,7 @@ PREFERRED = ("graph, cold", "graph, warm", "eager, warm", "cpu")
 
 
 def load(folder: Path) -> list[dict]:
-    """The results in a folder, by shape, type and size; of two of one case, as with the compiled arm, that with more arms."""
+    """The results in a folder, by shape, dtype and size. Of two results of one case, the one with more arms is taken."""
     cases = {}
     for path in sorted(folder.glob("*.json")):
         result = json.loads(path.read_text())
@@ -44,7 +44,7 @@ def median(result: dict, arm: str, mode: str) -> float | None:
 
 
 def mode_of(results: list[dict]) -> str:
-    """The mode that the figures show: of those in the results, the one nearest to a training step."""
+    """The mode that the figures show: the one in the results that is nearest to a training step."""
     modes = {mode for result in results for arm in result["arms"].values() for mode in arm}
     return next(mode for mode in PREFERRED if mode in modes)
 
@@ -74,7 +74,7 @@ def legend(figure, handles: dict) -> None:
 
 
 def shorter(arm: str) -> str:
-    """An arm's name without what it was asked to do."""
+    """An arm's name without the ending for its mode."""
     name = arm.removesuffix(BACKWARD).removesuffix(" +master").removesuffix(" fold")
     return name.replace("fold_/", "ours: ").replace("masked_linear/", "ours: ")
 
@@ -90,7 +90,7 @@ def plain_numbers(axis, unit: float) -> None:
 
 
 def roofline(results: list[dict]):
-    """One figure of results of one dtype: FLOP a second over FLOP a byte, forward on the left, with backward on the right."""
+    """One figure of results of one dtype: FLOP a second over FLOP a byte. Left: forward; right: forward + backward."""
     mode, handles = mode_of(results), {}
     copied = max(result["roofs"]["copy_bytes_per_s"] for result in results)
     multiplied = max(result["roofs"]["gemm_flop_per_s"] for result in results)
@@ -180,7 +180,7 @@ def ratios(results: list[dict]):
 
 
 def draw(folder: Path) -> list[Path]:
-    """Write every figure that the results in `folder` allow; their paths."""
+    """Write every figure that the results in `folder` allow. Returns their paths."""
     results, figures = load(folder), {}
     for kind, make, name in (("dtype", roofline, "roofline"), ("shape", ratios, "ratios")):
         for value in sorted({result["machine"][kind] for result in results}):

@@ -1,7 +1,7 @@
 """One case of the bench: its random arguments, what each arm must compute from them, and how close it must come.
 
-A and B are drawn so large that the residual is as large as W: a mask that is shifted, or of another step, is then off by more
-than a tenth in every output, and nothing hides behind W.
+A and B are drawn so large that the residual is as large as W. An error in the residual then cannot hide behind W: a mask that
+is shifted, or of another step, changes every output by more than a tenth.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ SAMPLE = 1 << 20
 
 @dataclass(frozen=True)
 class Tolerance:
-    """`most`: of nine entries in ten, by the root mean square of the truth; `all`: of the whole, Frobenius by Frobenius."""
+    """Allowed errors. `most`: of nine entries in ten, relative to the root mean square. `all`: of Frobenius norms."""
 
     most: float
     all: float
 
 
-# fp32: sums in another order pass, TF32 products (1e-4 and more) do not. The whole admits the few mask entries next to the
-# threshold that another order of the logits' sum, or another exp, turns over: some 1e-7 of them. Half: one unit of the dtype
+# fp32: another order of sums passes, TF32 products (1e-4 and more) fail. `all` has room for the mask entries next to the
+# threshold that another order of the logits' sum, or another exp, flips: some 1e-7 of them. Half: one unit of the dtype
 TOLERANCES = {
     torch.float32: Tolerance(1e-4, 2e-3),
     torch.float16: Tolerance(1e-3, 2e-3),
@@ -64,12 +64,12 @@ class Case:
         return per_weight * self.weights
 
     def bytes(self, what: str, adapter: bool = True) -> int:
-        """The least that must be read and written: W once forward and once backward, x, y and their gradients, the factors."""
+        """The fewest bytes to read and write: W once forward and once backward, x, y and their gradients, the factors."""
         item, shape = self.dtype.itemsize, self.shape
         factors = 4 * 2 * self.rank * (shape.rows + len(shape.sizes) * shape.k)
         ends = self.tokens * (shape.rows + shape.k) * item
         forward = self.weights * item + ends + (factors if adapter else 0)
-        # the backward reads W, G and x and writes dx; besides it reads the factors and writes their gradients, or writes dW
+        # the backward reads W, G and x and writes dx. It also reads the factors and writes their gradients, or writes dW
         more = 2 * factors if adapter else self.weights * item
         backward = forward + self.weights * item + ends + self.tokens * shape.k * item + more
         fold = 2 * self.weights * item + factors
@@ -113,7 +113,7 @@ class Problem:
 def build(case: Case) -> Problem:
     """Random arguments, the same for every run of a case. Seed and step are on the device, as a captured step has them."""
     device = torch.device(case.device)
-    # one generator on the device itself: a GPU draws the 340 million weights of SDXL in no time
+    # a generator on the device: a GPU draws the 340 million weights of SDXL quickly
     generator = torch.Generator(device).manual_seed(0)
     groups, rows, k, rank = len(case.shape.sizes), case.shape.rows, case.shape.k, case.rank
 
@@ -132,7 +132,7 @@ def build(case: Case) -> Problem:
 
 
 def truth(problem: Problem, kind: str) -> dict[str, Tensor]:
-    """What an arm of this kind must give, computed by the specification in float64 (float32: see FLOAT64_UP_TO).
+    """What an arm of this kind must return, computed by the specification in float64 (float32: see FLOAT64_UP_TO).
 
     "plain": y, dx, dw of x Wᵀ. "lora": y, dx, da, db without mask. "masked": y and all gradients. "fold": the folded weight;
     "copy": the weight as it was.
@@ -172,7 +172,7 @@ def errors(got: Tensor, wanted: Tensor) -> tuple[float, float]:
 def judge(got: dict[str, Tensor], wanted: dict[str, Tensor], dtype: torch.dtype, products: int = 1) -> dict[str, dict]:
     """{output: {"most": …, "all": …, "green": bool}} for every output in `got`; NaN is red.
 
-    Autograd adds the dx of several products in their dtype, and rounds each time: it may err √products times as much.
+    Autograd adds the dx of several products in their dtype and rounds each time, so √products times the error is allowed.
     """
     limit, verdicts = TOLERANCES[dtype], {}
     for name, tensor in got.items():

@@ -1,6 +1,7 @@
 """What masked K/V costs beside plain projections: `python -m stamina_fast.bench.run --shape sd15`, or `stamina-fast bench`.
 
-First every arm's results are held against the specification; an arm that is red gets no time. Then all arms take turns.
+First, every arm's results are compared with the specification. An arm that fails is red and is not timed. Then all arms take
+turns.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ HEADINGS = ("arm", "mode", "median", "quartiles", "× plain", "GB/s", "TFLOP/s",
 def parse(
     shape: str, device: str | None, dtype: str, batch: int, rank: int, backends: list[str] | None
 ) -> tuple[Case, list[str]]:
-    """The case and the backends to time; by default all that run on the device, but for Triton's interpreter."""
+    """The case and the backends to time. Default: all that run on the device, except Triton's interpreter."""
     for kind, value, known in (("shape", shape, SHAPES), ("dtype", dtype, DTYPES)):
         if value not in known:
             raise InputError(f"{kind} must be one of {', '.join(known)}, got {value!r}")
@@ -150,7 +151,7 @@ def show(result: dict) -> None:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        # a machine with a GPU and little else: the same table, in plain text
+        # without rich: the same table in plain text
         lines = [HEADINGS, *rows(result)]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         print(title, *("  ".join(map(str.ljust, line, widths)) for line in lines), caption, sep="\n")
@@ -160,7 +161,7 @@ def show(result: dict) -> None:
             table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right", no_wrap=True)
         for row in rows(result):
             table.add_row(*row)
-        # a log has no width, and a figure that is cut short is no figure
+        # a log has no width, and no number may be cut short
         console = Console()
         console.width = max(console.width, 140)
         console.print(table)

@@ -1,6 +1,7 @@
 """Every kernel once on small shapes: `compute-sanitizer --tool memcheck python -m stamina_fast.bench.sanitize`.
 
-Ragged on purpose: projections and columns that fill no tile, an empty projection, ranks below and above those of one dot.
+The shapes are irregular on purpose: projections and columns that fill no tile, an empty projection, ranks below and above those
+of one dot.
 """
 
 from __future__ import annotations

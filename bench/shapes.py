@@ -24,7 +24,7 @@ def _pairs(layers: dict[int, int]) -> tuple[int, ...]:
     return tuple(width for width, count in layers.items() for _ in range(2 * count))
 
 
-# small is the model that travels with the package
+# small is the model that ships with the package
 SHAPES = {
     shape.name: shape
     for shape in (

@@ -1,7 +1,7 @@
 """Many cases one after another, within a time: `python -m stamina_fast.bench.suite cpu --output FOLDER --minutes 2`.
 
-Each case leaves its own JSON as soon as it is done; the plots come last. With `--resume`, a case that this very code has
-already measured in FOLDER is not measured again.
+Each case writes its own JSON as soon as it is done; the plots come last. `--resume` skips the cases that the same code has
+already measured in FOLDER.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .run import run
 
 @dataclass(frozen=True)
 class Step:
-    """One call of `run`, and how long it may be expected to take: it is not begun with less time left."""
+    """One call of `run`, and how long it may take: it does not start with less time left."""
 
     shape: str
     batch: int = 1
@@ -64,7 +64,7 @@ PLANS = {
 
 
 def done_before(path: Path) -> bool:
-    """Whether `path` holds a green result of this very code."""
+    """Whether `path` holds a green result of the same code."""
     if not path.is_file():
         return False
     result = json.loads(path.read_text())
@@ -72,7 +72,7 @@ def done_before(path: Path) -> bool:
 
 
 def suite(plan: str, output: Path, device: str | None, minutes: float, resume: bool) -> bool:
-    """Run a plan into `output`; whether every case ran and none was red."""
+    """Run a plan and write to `output`. Returns whether every case ran and none was red."""
     output.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + 60 * minutes
     complete = True
@@ -90,7 +90,7 @@ def suite(plan: str, output: Path, device: str | None, minutes: float, resume: b
         try:
             complete &= not run(**options, device=device, output=path)["red"]
         except Exception:
-            # one case that fails, for want of memory perhaps, must not cost the others
+            # a case that fails, perhaps out of memory, must not stop the others
             traceback.print_exc()
             print(f"{step.name}: failed, see above")
             complete = False

@@ -5,9 +5,9 @@
 
 With penalties, whose gradients are g_s and g_f, dW gains 2 g_f S² ⊙ M ⊙ A B, and dL gains g_s σ(L) (1 - σ(L)) / (N k).
 
-A tile of dW lives in registers. A program walks one chunk of rows of one projection over one part of a span of columns; it
-leaves its share of dA or dP for the sum over parts and its share of (dB or dQ, dc) for the sum over chunks. Both sums run in
-a fixed order.
+A tile of dW stays in registers. A program works on one chunk of rows of one projection, and on one part of a span of columns.
+It writes a partial sum of dA or dP for each part, and partial sums of dB or dQ and of dc for each chunk. They are added up in a
+fixed order.
 """
 
 import torch
@@ -40,16 +40,16 @@ from stamina_fast.kernels.tiles import (
     wide,
 )
 
-# rows a program walks: whole row tiles, so that they are those of the forward
+# rows of a chunk: whole row tiles, so that they are the tiles of the forward
 CHUNK_N = 256
-# ranks of each factor a program owns: the fewest that tensor cores take
+# ranks of each factor that one program computes: the fewest that tensor cores take
 RANKS = tl.constexpr(16)
 BLOCK_SUM = 1024
 
 
 @triton.constexpr_function
 def until(first, at_once, subtiles):
-    """The end of the sub-tiles worked together from `first` on."""
+    """The end of the sub-tiles that are computed together from `first` on."""
     return min(first + at_once, subtiles)
 
 
@@ -82,7 +82,7 @@ def weight_gradients(
 
 @triton.jit
 def forgetting_gradient(past_ptr, d_forgetting_ptr, product, rows, mask_n, columns, strides):
-    """2 g_f S² ⊙ A B of one sub-tile, `product` being A B: what the forgetting penalty adds to dW where the mask is open."""
+    """2 g_f S² ⊙ A B of one sub-tile, from `product` = A B. The forgetting penalty adds it to dW where the mask is open."""
     col0, lanes, mask_k = columns
     stride_sn, stride_sk = strides
     past = past_ptr + col0 * stride_sk + rows[:, None] * stride_sn + lanes[None, :] * stride_sk
@@ -92,20 +92,20 @@ def forgetting_gradient(past_ptr, d_forgetting_ptr, product, rows, mask_n, colum
 
 @triton.constexpr_function
 def dot_precision(precision):
-    """How the dots of `pieces` multiply: pieces in half precision have nothing to choose."""
+    """The input precision of a dot of `pieces`; it matters only where they are fp32."""
     return "tf32" if precision == "tf32" else "ieee"
 
 
 @triton.jit
 def pieces(tile, DTYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """A wide tile as the sum of tiles that meet a factor of DTYPE in one dot each, with products that lose nothing.
+    """An fp32 tile as a sum of tiles, each of which can be multiplied by a factor of DTYPE in one dot, exactly.
 
-    "split": three tiles of DTYPE with 8 bits of fp32 each; "tf32": the upper 11 bits and the rest; "ieee": the tile.
+    "split": three tiles of DTYPE with 8 bits of the mantissa each. "tf32": the upper 11 bits, and the rest. "ieee": the tile.
     """
     if PRECISION == "ieee":
         parts = (tile,)
     else:
-        # cut by an integer: rounding to a narrower type and back would take the conversion unit
+        # an integer mask: to round to a narrower type and back would take the conversion unit
         mask: tl.constexpr = -65536 if PRECISION == "split" else -8192
         head = (tile.to(tl.int32, bitcast=True) & mask).to(tl.float32, bitcast=True)
         rest = tile - head
@@ -144,17 +144,17 @@ def factors_kernel(
 ):  # fmt: skip
     """dA or dP as left [parts, N, RANK] by part, dB or dQ as right [chunks, RANK, k] and dc [chunks, parts] by chunk.
 
-    OF_GATE: of P, Q and c, else of A and B; both at once would not fit the registers. A program owns a chunk, a part of a
-    span and RANKS ranks; it makes dW anew for every further RANKS ranks. A penalty that is None adds no code. tau is on the
-    device: of the two variants of the gate's gradients, the one that tau is not for ends at once.
+    OF_GATE: the gradients of P, Q and c, else of A and B; both at once would not fit the registers. A program computes one
+    chunk, one part of a span and RANKS ranks, so dW is recomputed for every further RANKS ranks. A penalty that is None adds
+    no code. tau is on the device, so both variants of the gate's gradients are launched, and the wrong one returns at once.
     """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     WIDE: tl.constexpr = left_ptr.dtype.element_ty
     RANK: tl.constexpr = S if OF_GATE else R
-    # sub-tiles whose dW is made together: a tile of Gᵀ is loaded once for them; more than one only where they fit the registers
+    # sub-tiles whose dW is computed together, from one load of a tile of Gᵀ: as many as fit the registers
     CROWDED: tl.constexpr = OF_GATE or past_ptr is not None or R > 16 or S > 16 or PRECISION == "tf32"
     AT_ONCE: tl.constexpr = 1 if CROWDED else 2
-    # whether the transposed factor is loaded once for all sub-tiles, or where it is used: what spills less, counted
+    # whether to load the transposed factor once for all sub-tiles, or at each use: whichever was counted to spill less
     ONCE: tl.constexpr = past_ptr is None and not UNIT_TAU
     chunk = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
@@ -176,7 +176,7 @@ def factors_kernel(
         # the interpreter's loops count in 32 bits
         rows = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_N)
         mask_n = rows < row1
-        # inside the loop, or the addresses that follow from it would stay in registers throughout
+        # loaded in the loop: outside of it, the addresses made from it would take registers all the time
         group = tl.load(rows_of_chunk + 2)
         if p_ptr is not None:
             p_tiles, bias = gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S, DTYPE)
@@ -261,8 +261,9 @@ def _sum_chunks(part: Tensor, ranges: Tensor, shape: tuple[int, ...]) -> Tensor:
 def backward_factors(grad, x, factors, sizes, noise, tau, past=None, d_sparsity=None, d_forgetting=None):
     """(dA, dB, dP, dQ, dc) in fp32 (fp64 for fp64), the last three None where p is None, for checked arguments.
 
-    grad [T, N] and x [T, k] of one dtype and any strides; tau: 0-dim floating device tensor; past [N, k] of any strides with
-    d_forgetting, and d_sparsity: 0-dim device tensors, or None; the rest as in `stamina_fast.kernels.masked_linear.forward`.
+    grad [T, N] and x [T, k] share a dtype and have any strides. tau is a 0-dim floating device tensor. d_sparsity and
+    d_forgetting are 0-dim device tensors, or None; past [N, k] goes with d_forgetting and has any strides. The rest is as in
+    `stamina_fast.kernels.masked_linear.forward`.
     """
     (tokens, k), rows = x.shape, grad.shape[1]
     a, b, p, q, gate_bias = contiguous(*factors)
@@ -275,7 +276,7 @@ def backward_factors(grad, x, factors, sizes, noise, tau, past=None, d_sparsity=
     def gradients(rank: int, of_gate: bool) -> tuple[Tensor, ...]:
         d_density = d_sparsity if of_gate else None
         kind = "factors" if past is None and d_density is None else "penalty factors"
-        # a pass cuts a span into the same parts for both variants of tau
+        # both variants of tau divide a span into the same parts
         names = (kind.replace("factors", "gate factors"), f"tau {kind}") if of_gate else (kind,)
         configs = [choose(name, tokens, largest_rank(a, p), x.dtype, capability(x.device)) for name in names]
         parts = configs[0].parts_of(k)

@@ -15,7 +15,7 @@ def fold_kernel(
     R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr,
     SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """master += M ⊙ A B; W = round(master). Without a master, W += M ⊙ A B in fp32, rounded once. One row tile, one part."""
+    """master += M ⊙ A B; W = round(master). Without a master, W += M ⊙ A B in fp32, rounded once. Of one row tile and part."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     tile = tiles_ptr + 3 * tl.program_id(0)
     row0, row1, group = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
@@ -47,7 +47,7 @@ def fold_kernel(
 def fold_(weight, factors, sizes, master) -> None:
     """Fold M ⊙ A B with the deterministic gate into weight [N, k] in place, through the fp32 master [N, k] where given.
 
-    weight and master of any strides that do not overlap; the rest as in `stamina_fast.kernels.masked_linear.forward`.
+    weight and master have any strides, but may not overlap. The rest is as in `stamina_fast.kernels.masked_linear.forward`.
     """
     k = weight.shape[1]
     a, b, p, q, gate_bias = contiguous(*factors)

@@ -3,7 +3,7 @@
     Y[t, n]  = Σ_k X[t, k] (W + M ⊙ A B)[n, k]      X [T, k]  W [N, k]  A [N, r]  B [G, r, k]  Y [T, N]
     dX[t, k] = Σ_n G[t, n] (W + M ⊙ A B)[n, k]      G [T, N]
 
-M ⊙ A B is made tile by tile, rounded to the weight's dtype, and multiplied apart from W, since a small residual added to a
+M ⊙ A B is computed tile by tile, rounded to the weight's dtype, and multiplied apart from W. A small residual added to a
 half-precision weight would lose its low bits. Sums are fp32 (fp64 for fp64); the result is rounded once.
 """
 
@@ -25,7 +25,7 @@ from stamina_fast.kernels.philox import (
 from stamina_fast.kernels.tables import row_step, row_tiles
 from stamina_fast.kernels.tiles import capability, choose, contiguous, largest_rank, on_device, seed_and_step, wide
 
-# dx is split over N until this many programs run; a fixed number, so that the order of a sum is the same on every device
+# dx is split over N until this many programs run. The number is fixed, so that sums have the same order on every device
 PROGRAMS = 256
 
 
@@ -36,7 +36,7 @@ def forward_kernel(
     R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
     SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Yᵀ[n, t] = Σ_k (W + M ⊙ A B)[n, k] Xᵀ[k, t]; a program owns one row tile and BLOCK_T tokens, y is contiguous."""
+    """Yᵀ[n, t] = Σ_k (W + M ⊙ A B)[n, k] Xᵀ[k, t]. A program computes one row tile and BLOCK_T tokens; y is contiguous."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     WIDE: tl.constexpr = wide_dtype(DTYPE)
     tile = tiles_ptr + 3 * tl.program_id(0)
@@ -50,7 +50,7 @@ def forward_kernel(
     gate = None
     if p_ptr is not None:
         gate = gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S, DTYPE)
-    # the residual is the left operand as it comes out of its own dot: no transpose of a computed tile
+    # the residual is the left operand as its own dot returns it, so no computed tile is transposed
     acc = tl.full((BLOCK_N, BLOCK_T), 0.0, WIDE)
     for part in range(part_count(k, PARTS, WIDTH)):
         words = gate_words(seed_ptr, step_ptr, rows, part, PARTS, WIDTH)
@@ -75,7 +75,7 @@ def input_kernel(
     R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, PER_SPLIT: tl.constexpr,
     SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr, ROW_STEP: tl.constexpr,
 ):  # fmt: skip
-    """dX[split, t, c] = Σ_n G[t, n] (W + M ⊙ A B)[n, c] over PER_SPLIT row tiles; a program owns BLOCK_T tokens and a part."""
+    """dX[split, t, c] = Σ_n G[t, n] (W + M ⊙ A B)[n, c] over PER_SPLIT row tiles, for BLOCK_T tokens and one part."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     WIDE: tl.constexpr = wide_dtype(DTYPE)
     offs_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -142,7 +142,7 @@ def forward(x, weight, factors, sizes, noise) -> Tensor:
 
 
 def backward_input(grad, weight, factors, sizes, noise) -> Tensor:
-    """dX = G (W + M ⊙ A B) as [T, k] in grad's dtype, grad [T, N] of any strides; the rest as in `forward`."""
+    """dX = G (W + M ⊙ A B) as [T, k] in grad's dtype. grad [T, N] has any strides; the rest is as in `forward`."""
     tokens, k = grad.shape[0], weight.shape[1]
     a, b, p, q, gate_bias = contiguous(*factors)
     seed, step = seed_and_step(noise)

@@ -1,9 +1,9 @@
-"""The two penalties of the residual, summed as it is made; their gradients are part of `stamina_fast.kernels.factors`.
+"""The two penalties of the residual, summed while it is computed. Their gradients are part of `stamina_fast.kernels.factors`.
 
     sparsity = Σ sigmoid(L) / (N k)      L = P Q + c, without noise
     forgetting = Σ (S ⊙ M ⊙ A B)²        S [N, k], the sum of the folded past; M with the noise of the forward
 
-A program sums one row tile over one part of a span; the sums of all programs are added in a fixed order.
+A program sums over one row tile and one part of a span. The sums of all programs are added in a fixed order.
 """
 
 import torch
@@ -32,7 +32,7 @@ def penalties_kernel(
     R: tl.constexpr, S: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
     DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """sums[tile, part] = (Σ sigmoid(L), Σ (S ⊙ M ⊙ A B)²) over the entries of a row tile and a part; DTYPE is the weight's."""
+    """sums[tile, part] = (Σ sigmoid(L), Σ (S ⊙ M ⊙ A B)²) of the entries of a row tile and a part; DTYPE is the weight's."""
     WIDE: tl.constexpr = wide_dtype(DTYPE)
     tile = tiles_ptr + 3 * tl.program_id(0)
     row0, row1, group = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
@@ -68,8 +68,8 @@ def penalties_kernel(
 def forward(dtype, factors, sizes, noise, past) -> tuple[Tensor, Tensor]:
     """(sparsity, forgetting), 0-dim in fp32 (fp64 for fp64), for checked arguments.
 
-    dtype: the weight's, to which the factors are rounded; past [N, k] of any floating dtype and strides, or None; the rest
-    as in `stamina_fast.kernels.masked_linear.forward`.
+    dtype is the weight's, to which the factors are rounded. past [N, k] has any floating dtype and strides, or is None. The
+    rest is as in `stamina_fast.kernels.masked_linear.forward`.
     """
     a, b, p, q, gate_bias = contiguous(*factors)
     seed, step = seed_and_step(noise)

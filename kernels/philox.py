@@ -2,14 +2,14 @@
 
     M = [L + ln u - ln(1 - u) > 0]   L = P Q + c   u = (h + 1/2) / 65536
 
-Columns c, c + 32, ..., c + 224 of a span of 256 share one Philox call, so a tile of a span is worked as eight sub-tiles
-of the same lanes, and sub-tile j takes half j of the words of its own (row, lane): nothing moves between threads.
+Columns c, c + 32, ..., c + 224 of a span of 256 share one Philox call. So a tile of a span is computed as eight sub-tiles of
+the same lanes, and sub-tile j takes half j of the words of its own (row, lane). No data moves between threads.
 
-The mask must be the same to the bit in the forward, in both backward kernels and in the fold. So it is made here only, from
-the same row tiles and dots over the same ranks, and every kernel that includes it is launched with enable_fp_fusion=False:
-else the compiler could contract a product and a sum in one kernel and not in another, and flip entries next to the threshold.
-Where a product and a sum are to be one instruction, `tl.fma` says so. Kernels may differ in the columns of a dot, 16 or 32:
-that a tensor core then sums the ranks of an element alike is for tests/gpu to show on each architecture.
+The mask must be the same to the bit in the forward, in both backward kernels and in the fold. So only this module computes it,
+always from the same row tiles and from dots over the same ranks. Every kernel that uses it is launched with
+enable_fp_fusion=False. Otherwise the compiler could fuse a product and a sum in one kernel and not in another, and flip
+entries next to the threshold. `tl.fma` fuses the two where that is wanted. Kernels may differ in the columns of a dot, 16 or
+32; tests/gpu checks on each architecture that a tensor core then sums the ranks of an element in the same way.
 """
 
 import triton
@@ -29,19 +29,19 @@ def wide_dtype(dtype):
 
 @triton.constexpr_function
 def rank_step(rank):
-    """Ranks of one dot: a power of two from 16, the fewest that tensor cores take, to 64; higher ranks take several dots."""
+    """Ranks of one dot: a power of two from 16, the fewest that tensor cores take, to 64. Higher ranks take several dots."""
     return min(64, max(16, triton.next_power_of_2(rank)))
 
 
 @triton.jit
 def row_range(tile, ROW_STEP: tl.constexpr):
-    """First row and end of rows of an entry of the table of tiles, both multiples of ROW_STEP."""
+    """First row and end of rows of an entry in the table of tiles; both are multiples of ROW_STEP."""
     return tl.multiple_of(tl.load(tile), ROW_STEP), tl.multiple_of(tl.load(tile + 1), ROW_STEP)
 
 
 @triton.jit
 def part_count(k, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Parts of k columns: none of them is past the last column, but for one of a group of lanes that has none there."""
+    """The number of parts that k columns have. Only a part of the second group of lanes may lie past the last column."""
     GROUPS: tl.constexpr = LANES // WIDTH
     return tl.cdiv(k, SPAN // PARTS * GROUPS) * GROUPS
 
@@ -50,9 +50,9 @@ def part_count(k, PARTS: tl.constexpr, WIDTH: tl.constexpr):
 def sub_tile(part, k, J: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr):
     """First column of sub-tile J of a part (int64), its columns from there, and which of them exist: [WIDTH], [WIDTH].
 
-    A part is a span, or one of PARTS equal pieces of it. Pieces are cut first by groups of WIDTH lanes, which share no noise
-    word, and then by words, which costs making them again. The first column stays a scalar, added to pointers before the
-    tile's own offsets, so that the sub-tiles share those.
+    A part is a span, or one of PARTS equal pieces of it. A span is divided by groups of WIDTH lanes first, since they share
+    no noise word, and then by words, which must then be computed once for each piece. The first column is a scalar that is
+    added to a pointer before the tile's own offsets, so that the sub-tiles share the offsets.
     """
     GROUPS: tl.constexpr = LANES // WIDTH
     part = tl.cast(part, tl.int32)
@@ -63,13 +63,13 @@ def sub_tile(part, k, J: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr)
 
 @triton.jit
 def load_left(ptr, rows, mask_n, offs_r, RANK: tl.constexpr, DTYPE: tl.constexpr):
-    """left[n, r] of a contiguous [N, RANK], rounded to DTYPE; the indices' shapes decide the tile's, also transposed."""
+    """left[n, r] of a contiguous [N, RANK], rounded to DTYPE, in the shape of the indices, which may be transposed."""
     return tl.load(ptr + rows * RANK + offs_r, mask_n & (offs_r < RANK), 0.0).to(DTYPE)
 
 
 @triton.jit
 def load_right(ptr, group, offs_r, col0, lanes, mask_k, k, RANK: tl.constexpr, DTYPE: tl.constexpr):
-    """right[group, r, c] of a contiguous [G, RANK, k], rounded to DTYPE; the indices' shapes decide the tile's."""
+    """right[group, r, c] of a contiguous [G, RANK, k], rounded to DTYPE, in the shape of the indices."""
     return tl.load(ptr + group * RANK * k + col0 + offs_r.to(tl.int64) * k + lanes, (offs_r < RANK) & mask_k, 0.0).to(DTYPE)
 
 
@@ -99,7 +99,7 @@ def low_rank(lefts, right_ptr, rows, group, columns, k, RANK: tl.constexpr, DTYP
 
 @triton.jit
 def gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S: tl.constexpr, DTYPE: tl.constexpr):
-    """What the gate of these rows needs in every sub-tile: their tiles of P, and the scalar c of their projection."""
+    """What the gate of these rows needs in every sub-tile: their tiles of P, and c of their projection, a scalar."""
     bias = tl.full((), 0.0, wide_dtype(DTYPE))
     if bias_ptr is not None:
         bias = tl.load(bias_ptr + group).to(bias.dtype)
@@ -108,7 +108,7 @@ def gate_rows(p_ptr, bias_ptr, rows, mask_n, group, S: tl.constexpr, DTYPE: tl.c
 
 @triton.jit
 def gate_words(seed_ptr, step_ptr, rows, part, PARTS: tl.constexpr, WIDTH: tl.constexpr):
-    """The Philox words of each (row, lane) that a part takes, all four or some, uint32 [rows, WIDTH]; None without noise."""
+    """The Philox words that a part needs of each (row, lane), uint32 [rows, WIDTH] each; None without noise."""
     words = None
     if seed_ptr is not None:
         GROUPS: tl.constexpr = LANES // WIDTH
@@ -136,7 +136,7 @@ def draws(words, J: tl.constexpr, WIDE: tl.constexpr):
     if WIDE == tl.float64:
         u = (half.to(WIDE) + 0.5) / 65536
     else:
-        # h as the low bits of a float from 128 on, where a unit is 2**-16: an integer conversion costs as much as exp2
+        # h as the low bits of a float in [128, 256), whose unit is 2**-16: to convert an integer costs as much as exp2
         u = (half | 0x43000000).to(tl.float32, bitcast=True) - (128 - 2**-17)
     return u
 
@@ -158,7 +158,7 @@ def exp_minus(product, bias):
 def odds_against(product, bias, u):
     """(1 - u) exp(-L) with L = product + c, in two multiply-adds and one exp2.
 
-    Where exp(-L) overflows this is not a number, and no u is above it: the gate is closed, as it should be.
+    If exp(-L) overflows, this is NaN, and no u is greater. The gate is then closed, as it should be.
     """
     e = exp_minus(product, bias)
     return tl.fma(-e, u, e)
@@ -177,9 +177,9 @@ def gate_open(product, bias, words, J: tl.constexpr):
 
 @triton.jit
 def gate_slope(product, bias, words, tau, J: tl.constexpr, UNIT_TAU: tl.constexpr):
-    """dM/dL := s (1 - s) / tau with s = sigmoid(z / tau), finite for every draw and logit; UNIT_TAU says that tau is 1.
+    """dM/dL := s (1 - s) / tau with s = sigmoid(z / tau), finite for every draw and logit. UNIT_TAU: tau is 1.
 
-    Then s / (1 - s) = u / v with v = (1 - u) exp(-L), so s (1 - s) = u v / (u + v)²: no logarithm. Else
+    Then s / (1 - s) = u / v with v = (1 - u) exp(-L), so s (1 - s) = u v / (u + v)² needs no logarithm. Else
     e = exp(-|z| / tau) in [0, 1] and s (1 - s) = e / (1 + e)². A square of rsqrt is the cheapest reciprocal.
     """
     if words is None:
@@ -210,7 +210,7 @@ def soft_gate(product, bias):
 
 @triton.jit
 def soft_slope(product, bias):
-    """sigmoid(L) (1 - sigmoid(L)) = e / (1 + e)² with e = exp(-L), which the sampled gate has made: one reciprocal."""
+    """sigmoid(L) (1 - sigmoid(L)) = e / (1 + e)² with one reciprocal; e = exp(-L) is computed for the sampled gate."""
     e = tl.minimum(exp_minus(product, bias), 2.0**100)
     inverse = tl.rsqrt(1 + e)
     inverse *= inverse

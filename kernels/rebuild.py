@@ -1,4 +1,4 @@
-"""Any set of tasks in one pass: W[n, k] = (W_0 + Σ_t [L_t > 0] ⊙ A_t B_t)[n, k], each element read once and rounded once."""
+"""Any set of tasks in one pass: W[n, k] = (W_0 + Σ_t [L_t > 0] ⊙ A_t B_t)[n, k]. Each element is read and rounded once."""
 
 from itertools import groupby
 
@@ -11,7 +11,7 @@ from stamina_fast.kernels.philox import gate_rows, left_tiles, masked_delta, sub
 from stamina_fast.kernels.tables import row_tiles
 from stamina_fast.kernels.tiles import capability, choose, on_device, wide
 
-# bytes that a factor's address must be a multiple of for the widest loads
+# a factor's address must be a multiple of so many bytes for the widest loads
 ALIGNMENT = 16
 
 
@@ -31,7 +31,7 @@ def rebuild_kernel(
     R: tl.constexpr, S: tl.constexpr, BIAS: tl.constexpr, ALIGNED: tl.constexpr, BLOCK_N: tl.constexpr,
     SUBTILES: tl.constexpr, PARTS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """total = before + Σ M ⊙ A B over the rows of table [tasks, 5]: addresses of a, b, p, q, c. One row tile, one part."""
+    """total = before + Σ M ⊙ A B over table [tasks, 5] of the addresses of a, b, p, q, c. Of one row tile and part."""
     DTYPE: tl.constexpr = w_ptr.dtype.element_ty
     WIDE: tl.constexpr = wide_dtype(DTYPE)
     tile = tiles_ptr + 3 * tl.program_id(0)
@@ -67,7 +67,7 @@ def rebuild_kernel(
 
 
 def _as_read(factors: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
-    """a, b, p and q contiguous in the weight's dtype, c in the dtype of logits: as they are stored, so seldom a copy."""
+    """a, b, p and q contiguous in the weight's dtype, c in the dtype of logits. They are stored so, and rarely copied."""
     dtypes = (dtype,) * 4 + (wide(dtype),)
     return tuple(None if f is None else f.to(to).contiguous() for f, to in zip(factors, dtypes, strict=True))
 
@@ -81,8 +81,8 @@ def _kind(factors: tuple[Tensor | None, ...]) -> tuple[int, int, bool]:
 def rebuild_(weight, base, tasks, sizes, master) -> None:
     """Write base + Σ M ⊙ A B with the deterministic gate into weight [N, k], unrounded into the fp32 master where given.
 
-    tasks: (a, b, p, q, gate_bias) each; one launch for every run of tasks of the same ranks. weight, base and master of
-    any strides that do not overlap; the rest as in `stamina_fast.kernels.masked_linear.forward`.
+    Each of tasks is (a, b, p, q, gate_bias). Consecutive tasks of the same ranks share a launch. weight, base and master have
+    any strides, but may not overlap. The rest is as in `stamina_fast.kernels.masked_linear.forward`.
     """
     tasks = [_as_read(factors, weight.dtype) for factors in tasks]
     launches = [(kind, list(run)) for kind, run in groupby(tasks, _kind)] or [((1, 0, False), [])]

@@ -1,6 +1,6 @@
 """Tables of row tiles that never cross projections, for the launchers of Triton and of csrc/cuda. They need torch alone.
 
-Each table is made once for its arguments, so that a captured graph finds it made.
+Each table is cached, so that a captured CUDA graph finds it in place.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ def tile_ranges(sizes: tuple[int, ...], block: int, device: torch.device) -> Ten
 def tile_chunks(sizes: tuple[int, ...], block: int, most: int, device: torch.device) -> Tensor:
     """Chunks of at most `most` tiles of one projection in `row_tiles`: int64 [chunks, 2] of (first tile, end of tiles).
 
-    They stand in the order of the tiles of `most * block` rows, whose `tile_ranges` are so the chunks of each projection.
+    Their order is that of `row_tiles` of `most * block` rows. So `tile_ranges` of that size has the chunks of each projection.
     """
     ranges = tile_ranges(sizes, block, torch.device("cpu")).tolist()
     return _table([(tile, min(tile + most, end)) for first, end in ranges for tile in range(first, end, most)], 2, device)
 
 
 def row_step(sizes: tuple[int, ...]) -> int:
-    """The largest power of two up to 16 that divides every size, and so the first row and the end of every tile.
+    """The largest power of two up to 16 that divides every size, and so the first and the end row of every tile.
 
-    What a kernel knows to be such a multiple it reads and writes several rows at a time where they lie side by side.
+    A kernel that knows this divisor reads and writes several neighbouring rows at a time.
     """
     return gcd(16, *sizes)

@@ -1,4 +1,4 @@
-"""How a kernel is cut and launched: its configuration, and what the launchers share."""
+"""How a kernel is divided and launched: its configuration, and what the launchers share."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from stamina_fast.kernels.philox import LANES, SPAN
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut: rows and tokens of a tile, warps, stages, how fp32 operands are multiplied; and the columns.
+    """How a kernel is divided: rows and tokens of a tile, warps, stages, precision of fp32 products, and columns.
 
-    parts: pieces of a span, which programs own or work one after another. width: columns of a sub-tile, 32 (every lane of a
-    span's noise) or 16. Two groups of 16 lanes are two parts with no noise word in common; every further cut makes the words
-    of a group again.
+    parts: pieces of a span, computed by different programs or one after another. width: columns of a sub-tile, 32 (every lane
+    of the noise) or 16. Two parts of 16 lanes share no noise word. Of more parts, each computes all words of its lanes.
     """
 
     block_n: int
@@ -42,7 +41,7 @@ class Config:
 
     @property
     def groups(self) -> int:
-        """Groups of lanes that a span is cut into."""
+        """Groups of lanes that a span is divided into."""
         return LANES.value // self.width
 
     @property
@@ -55,22 +54,22 @@ class Config:
         return -(-k // (self.columns * self.groups)) * self.groups
 
     def constants(self, k: int) -> dict:
-        """What a kernel over k columns is compiled for; SUBTILES: the sub-tiles of a part that k columns can fill."""
+        """The compile-time constants of a kernel over k columns. SUBTILES: the sub-tiles of a part that k columns can fill."""
         subtiles = -(-min(k, self.columns * self.groups) // LANES.value)
         return {"BLOCK_N": self.block_n, "SUBTILES": subtiles, "PARTS": self.parts, "WIDTH": self.width}
 
     def launch(self) -> dict:
-        """Launch options. Why without fp fusion: see `stamina_fast.kernels.philox`."""
+        """Launch options. `stamina_fast.kernels.philox` says why fp fusion is off."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": False}
 
 
-# before 3.8, Triton gives each dot of a kernel its own tensor memory on Blackwell, more than there is
+# on Blackwell, Triton before 3.8 gives each dot of a kernel tensor memory of its own, more than there is
 SHARES_TENSOR_MEMORY = tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 8)
 
 
-# {kernel: (tokens of a tile, parts of a span, columns of a sub-tile)}: the largest that compile without spills, where r and s
-# are at most 16, and where one is more; see the compile report. Tensor cores of Hopper and of Blackwell's data-centre parts
-# take operands from memory; the others (SMALL) need more registers.
+# {kernel: (tokens of a tile, parts of a span, columns of a sub-tile)}: the largest that compile without spills, by the compile
+# report. WIDE: for r or s above 16. LARGE: Hopper and Blackwell's data-centre parts, whose tensor cores take operands from
+# memory. SMALL: all others, which need more registers.
 LARGE = {
     "forward": (128, 1, 32), "input": (64, 2, 16), "fold": (16, 1, 32), "factors": (32, 2, 32),
     "gate factors": (32, 2, 32), "tau factors": (16, 2, 32), "penalty factors": (16, 4, 16),
@@ -106,14 +105,14 @@ def capability(device: torch.device) -> int:
 
 
 def choose(kernel: str, tokens: int, rank: int, dtype: torch.dtype, gpu: int) -> Config:
-    """One safe configuration for `kernel`, a name in `LARGE`, on a GPU of this `capability`; unknown ones take the small tiles.
+    """One safe configuration for `kernel`, a name in `LARGE`, on a GPU of this `capability`. Unknown GPUs take the small tiles.
 
     rank: the larger of r and s.
 
-    The rows of a tile depend on dtype and GPU alone, so that all kernels make the logits of the same row tiles. Types without
-    exact tensor-core products (fp32, fp64) take small tiles. Where fp32 meets a half-precision factor, NVIDIA's tensor cores do
-    two TF32 or three bf16 products that lose nothing; other makers have only the plain fp32 dot. The interpreter takes large
-    tiles, since its time is per operation.
+    The rows of a tile depend only on dtype and GPU, so that all kernels compute the logits by the same row tiles. fp32 and fp64
+    have no exact tensor-core products and take small tiles. An fp32 gradient times a half-precision factor is exact as two TF32
+    or three bf16 products on NVIDIA's tensor cores; elsewhere it is a plain fp32 dot. The interpreter's time is per operation,
+    so it takes large tiles.
     """
     tokens = 1 << max(4, (tokens - 1).bit_length())
     if interpreted():
@@ -122,7 +121,7 @@ def choose(kernel: str, tokens: int, rank: int, dtype: torch.dtype, gpu: int) ->
         return Config(block_n=16, block_t=16, num_warps=8, precision="ieee")
     precision = "ieee" if not gpu else "split" if dtype == torch.bfloat16 else "tf32"
     if gpu // 10 in (10, 11) and not SHARES_TENSOR_MEMORY:
-        # two warps are too few for the instructions that need tensor memory, and for as many rows without spills
+        # two warps, too few for the instructions that need tensor memory; more rows would spill
         return Config(block_n=32, block_t=16, num_warps=2, precision=precision, parts=8 if rank > 16 else 4, width=16)
     large = gpu // 10 in (9, 10, 11)
     tables = (LARGE_WIDE if large else SMALL_WIDE) if rank > 16 else (LARGE if large else SMALL)
@@ -141,7 +140,7 @@ def largest_rank(a: Tensor, p: Tensor | None) -> int:
 
 
 def contiguous(*factors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The factors as the kernels index them; they are small, and rounded to the weight's dtype where they are loaded."""
+    """The factors as the kernels index them. They are small, and rounded to the weight's dtype when they are loaded."""
     return tuple(None if factor is None else factor.contiguous() for factor in factors)
 
 
@@ -151,5 +150,5 @@ def seed_and_step(noise) -> tuple[Tensor | None, Tensor | None]:
 
 
 def on_device(tensor: Tensor):
-    """Triton launches on the current device: make it the tensor's."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

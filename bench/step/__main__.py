@@ -1,10 +1,13 @@
 """A whole training step beside diffusers' own: `python -m stamina_fast.bench.step --model sd15`.
 
-The same concept, pictures, batch, resolution and dtype through the loops of diffusers' Custom Diffusion and LoRA scripts
-(rebuilt from the modules that diffusers and peft ship, with the scripts' defaults; `--diffusers-examples` runs the scripts
-themselves too), through our step with the eager reference and as it runs by default, and through the same step with plain
-frozen projections, the floor. Weights are random, of the real configuration. What a script spends on its data loader, on
-accelerate and on its progress bar is not in its rebuilt loop.
+All arms train on the same concept and pictures, with the same batch, resolution and dtype:
+
+    custom-diffusion, lora  the loops of diffusers' scripts, rebuilt with their defaults from what diffusers and peft ship, but
+                            without their data loader, accelerate and progress bar; `--diffusers-examples` also runs the scripts
+    reference, ours         our step with the eager reference, and as it runs by default
+    frozen                  the same step with plain frozen projections: the least that a step can take
+
+Weights are random, in the real configuration.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ def parse(
 
 
 def backends_of(case: Case, asked: list[str] | None) -> list[str]:
-    """Which backends run our step: those asked for, else the default; where that is the reference still, all others."""
+    """The backends that run our step: those asked for, else the default; if that is the reference, all others."""
     device = torch.device(case.device)
     if asked:
         return [dispatch.choose(name, device, case.dtype) for name in asked]
@@ -225,7 +228,7 @@ def show(result: dict) -> None:
     from rich.table import Table
 
     console = Console()
-    # a log has no width, and a figure that is cut short is no figure
+    # a log has no width, and no number may be cut short
     console.width = max(console.width, 150)
     facts, arms = result["machine"], {name: found for name, found in result["arms"].items() if "times_ms" in found}
     title = f"a training step of {facts['model']}, {facts['pixels']} x {facts['pixels']} pixels, batch {facts['batch']}, " \

@@ -1,7 +1,7 @@
 """The arms of a step: ours by any backend, and the same step with plain frozen projections; `loops` has diffusers'.
 
-All of them learn the same concept from the same pictures, at the same steps of the same draws. They share one set of frozen
-weights (`models.sharing`), so that they can take turns in one process.
+All learn the same concept from the same pictures, with the same random draws at each step. They share one set of frozen weights
+(`models.sharing`), so that they can take turns in one process.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Case:
 
 
 class Recorded(LatentBank):
-    """A bank that remembers what it was asked for, for loops that encode the pictures themselves."""
+    """A bank that records which variants were drawn, for loops that encode the pictures themselves."""
 
     def draw(self, index: Tensor, noise: Tensor) -> Tensor:
         object.__setattr__(self, "asked", (index, noise))
@@ -128,19 +128,19 @@ class Arm:
         raise NotImplementedError
 
     def __call__(self) -> None:
-        """The next step; after a concept's last comes the first of the same again."""
+        """Run the next step. After the last step of a concept it begins again with the first."""
         self.step(self.index % self.case.steps)
         self.index += 1
 
     def look(self) -> None:
-        """What the host does now and then, every `TrainOptions.read_every` steps."""
+        """What the host does every `TrainOptions.read_every` steps."""
 
     def close(self) -> None:
         self.open.close()
 
     @contextlib.contextmanager
     def eager(self):
-        """Every step launches its own work, for what looks at the launches."""
+        """Steps launch their work one by one, so that the launches can be counted."""
         self.watched = True
         try:
             yield
@@ -169,14 +169,14 @@ class Plain:
         return ((f"tokens.{name}", parameter) for name, parameter in self.tokens.named_parameters())
 
     def reset_(self, seed: int) -> None:
-        """Nothing but the token is trained, and it starts with `begin`."""
+        """Only the token is trained, and `begin` starts it."""
 
     def detach(self) -> None:
         self.tokens.detach()
 
 
 class Ours(Arm):
-    """Our trainer's step. `backend` None leaves the projections plain: the floor of what a step with a token can cost."""
+    """Our trainer's step. `backend` None leaves the projections plain: the least that a step with a token can cost."""
 
     def __init__(self, case: Case, lesson: Lesson, pipeline, name: str, backend: str | None, captured: bool = False):
         super().__init__(case, lesson, pipeline)
@@ -203,7 +203,7 @@ class Ours(Arm):
 
     @contextlib.contextmanager
     def chosen(self):
-        """STAMINA_BACKEND says which backend runs, as a person would ask for it."""
+        """Choose the backend by STAMINA_BACKEND, as a user would."""
         before = os.environ.get("STAMINA_BACKEND")
         if self.backend is not None:
             os.environ["STAMINA_BACKEND"] = self.backend

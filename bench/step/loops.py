@@ -19,7 +19,7 @@ from .phases import BACK_TEXT, BACK_UNET, DRAWS, LATENTS, LOSS, OPTIMIZER, TEXT,
 
 
 class Script(Arm):
-    """What the loops of diffusers' scripts have in common: latents and text anew at every step, AdamW as torch has it."""
+    """What the loops of diffusers' scripts share: they encode latents and text at every step, and use torch's AdamW."""
 
     word, learning_rate, clears, autocasts = WORD, 0.0, True, False
 

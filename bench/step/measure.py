@@ -1,4 +1,4 @@
-"""What is measured of the arms of a step: that they train, then time in turns, phases, launches, memory and a profile."""
+"""Measure the arms of a step: check that they train, time them in turns, record phases, launches, memory and a profile."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .arms import Arm
 from .models import networks
 from .phases import PHASES
 
-# steps that every arm runs before it is timed, and whose losses are compared: a graph is recorded and replayed within them
+# steps that every arm runs before it is timed. Their losses are compared, and a graph is recorded and replayed in them
 CHECKED = WARM + 2
 # a sample on a GPU: as many steps as fill this time, within this number
 SAMPLE_SECONDS, MOST_STEPS = 0.3, 8
@@ -75,7 +75,7 @@ def judge(arms: list[Arm], facts: dict[str, dict]) -> list[str]:
     for arm in arms:
         if specified is None or not hasattr(arm, "backend"):
             continue
-        # A B = 0 at first, so that the frozen step begins with the same loss, and goes its own way
+        # A B = 0 at first, so the frozen step has the same first loss, and others later
         count = CHECKED if arm.backend else 1
         apart = [abs(a - b) / abs(b) for a, b in zip(facts[arm.name]["losses"], specified, strict=True)][:count]
         first, later = AGREE[arm.case.dtype]
@@ -85,7 +85,7 @@ def judge(arms: list[Arm], facts: dict[str, dict]) -> list[str]:
 
 
 def sample(arm: Arm) -> Callable[[], float]:
-    """Milliseconds of a step: of several on a GPU, where the host runs ahead as it does in training."""
+    """Milliseconds of a step. On a GPU several are timed together, since the host runs ahead in training."""
 
 
     def on_host() -> float:
@@ -105,7 +105,7 @@ def sample(arm: Arm) -> Callable[[], float]:
 
 
 def phases(arms: list[Arm]) -> dict[str, dict[str, float]]:
-    """{arm: milliseconds by phase}: medians of steps that wait for the device at every mark, in turns; not the first ones."""
+    """{arm: milliseconds by phase}: medians over steps that wait for the device at every mark. The first step is left out."""
     turns = [{arm.name: arm.once() for arm in arms} for _ in range(1 + PHASE_STEPS)][1:]
     return {
         arm.name: {name: 1e3 * statistics.median(turn[arm.name].get(name, 0.0) for turn in turns) for name in PHASES}
@@ -114,7 +114,7 @@ def phases(arms: list[Arm]) -> dict[str, dict[str, float]]:
 
 
 def look(arm: Arm) -> float:
-    """Seconds of the host's look at the run."""
+    """Seconds that the host takes to read the state of a run."""
     start = time.perf_counter()
     arm.look()
     wait(arm)
@@ -156,7 +156,7 @@ def device_events(profiler) -> list:
 
 
 def remains(arm: Arm) -> list[dict]:
-    """What a step's time goes to, by name: kernels on a GPU, operators on a CPU; in milliseconds a step, largest first."""
+    """Where a step's time goes, in milliseconds, largest first: kernels on a GPU, operators on a CPU."""
     with traced(arm) as profiler:
         for _ in range(PROFILED_STEPS):
             arm()
@@ -198,7 +198,7 @@ def grown(call: Callable[[], object], device: str) -> tuple[int, int]:
 
 
 def memory(arm: Arm, held: int, common: dict[int, int]) -> dict[str, int]:
-    """Bytes of a training that holds nothing but this arm: its networks, what it trains with, and the peak of a step.
+    """Bytes of a training with this arm alone: its networks, what it trains with, and the peak of a step.
 
     held     bytes that stayed after its start and first steps
     common   storages of the networks that the arms share; those of them that the arm still uses are its own here

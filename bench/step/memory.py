@@ -1,4 +1,4 @@
-"""What lessens the memory of a training, each with what it is worth: measured by leaving it out or in, or counted."""
+"""Options that lower the memory of a training, and how much each saves: measured with and without it, or counted."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def bytes_of(*modules: nn.Module) -> int:
 
 
 def levers(case: Case, base, taught: Lesson, backend: str) -> list[dict]:
-    """Rows {"lever", "bytes" or None, "text"}; the first is where we stand, the last what is left with all of them.
+    """Rows {"lever", "bytes" or None, "text"}: first the training as it is, last the training with all of them.
 
     Leaves `base` in bfloat16.
     """

@@ -1,7 +1,7 @@
 """The models that a step is timed with: their real configurations and random weights, so that nothing is downloaded.
 
 The values are those of unet/, vae/, text_encoder*/ and scheduler/ in the diffusers folders named in `source`; what a
-configuration leaves out is the default of its class. tests/test_bench_step.py holds the counts of parameters.
+configuration leaves out is the default of its class. tests/bench/test_bench_step.py checks the counts of parameters.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def build(model: Model, device: str, dtype: torch.dtype, seed: int = 0):
 
 
 def sharing(pipeline):
-    """Another pipeline over the memory of this one: arms change modules and point their parameters elsewhere, each for itself.
+    """Another pipeline over the memory of this one, so that each arm can change modules and parameters for itself.
 
     The VAE is the very same module, since no arm changes it.
     """

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: marks around its parts, each waiting for the device, in runs that are not the timed ones."""
+"""Where the time of a step goes. Marks around its parts wait for the device, so these runs are not the timed ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from stamina_fast.pipeline.projections import find_projections
 DRAWS, LATENTS, TEXT, PROJECTIONS, UNET = "draws", "encode latents", "text", "K/V", "U-Net forward"
 LOSS, BACK_UNET, BACK_PROJECTIONS, BACK_TEXT = "loss and checks", "U-Net backward", "K/V backward", "text backward"
 OPTIMIZER = "optimizer"
-# in the order of a step; what no other phase claims is the loss, with penalties, checks and noising
+# in the order of a step. Time outside all others is of the loss, with penalties, checks and noising
 PHASES = (DRAWS, LATENTS, TEXT, PROJECTIONS, UNET, LOSS, BACK_UNET, BACK_PROJECTIONS, BACK_TEXT, OPTIMIZER)
 
 
@@ -78,7 +78,7 @@ class Phases:
 
 
 class Mark(torch.autograd.Function):
-    """The tensors as they are; when all their gradients are there, the backward pass enters a phase."""
+    """The same tensors. Once all their gradients are computed, the backward pass enters a phase."""
 
     @staticmethod
     def forward(context, phases: Phases, phase: str, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -93,7 +93,7 @@ class Mark(torch.autograd.Function):
 
 @contextlib.contextmanager
 def replaced(changes: list[tuple[object, str, Callable]]) -> Iterator[None]:
-    """Other functions as attributes of objects for a while; what was an attribute of the object itself is put back."""
+    """Replace attributes of objects by other functions until the block ends."""
     before = [(thing, name, vars(thing).get(name)) for thing, name, _ in changes]
     for thing, name, function in changes:
         setattr(thing, name, function)

@@ -26,7 +26,7 @@ def described(result: dict) -> str:
 
 
 def stacked(result: dict):
-    """One bar an arm, made of its phases; a black line at the timed median, which no mark has slowed."""
+    """One bar an arm, made of its phases. The black line is the median of the timed runs, which have no marks."""
     from matplotlib.patches import Patch
 
     arms = {name: found for name, found in result["arms"].items() if "times_ms" in found}

@@ -1,6 +1,6 @@
-"""diffusers' training scripts themselves, unmodified, on the same pictures and weights: each timed over two lengths.
+"""diffusers' training scripts themselves, unmodified, on the same pictures and weights.
 
-A run of more steps takes longer than a run of fewer by the steps alone: loading, set-up and saving are in both.
+Each runs twice, with fewer and with more steps. Loading, set-up and saving are in both, so the difference is the steps'.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def run_scripts(examples: Path, case: Case, pipeline, lesson: Lesson) -> dict[st
         pipeline.save_pretrained(root / "model", safe_serialization=True)
         (root / "pictures").mkdir()
         for index in range(PICTURES):
-            # the first of each picture's variants is all of it
+            # the first variant of each picture is the whole picture
             square = lesson.squares[index * case.options.crops].float().cpu()
             write_image(root / "pictures" / f"{index}.png", square)
         for name, command in run.items():

@@ -38,7 +38,7 @@ class Canvas:
         self.coat, self.second = None, None
 
     def dress(self, colour, second, texture):
-        """The coat of the object: its colour field `[size, size, 3]`, made once and cut out by every part."""
+        """Make the coat of the object: a field of colours `[size, size, 3]` from which every part is cut."""
         base = np.asarray(colour, np.float32) * self.rng.uniform(0.85, 1.1)
         x, y = self.x, self.y
         field = np.broadcast_to(base, (self.size, self.size, 3)).copy()

@@ -1,4 +1,4 @@
-"""The shape of the small Stable Diffusion that travels with the package: 32 x 32 pixels, 16 x 16 x 6 latents."""
+"""The shape of the small Stable Diffusion that ships with the package: 32 x 32 pixels, 16 x 16 x 6 latents."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LATENT_CHANNELS = 6
 def build_tokenizer() -> CLIPTokenizer:
     """A byte-pair vocabulary in which every word of the world is one token and any other text still has tokens.
 
-    The same in every process: no two words are equally frequent, since the trainer breaks ties by chance, and the ids
-    follow the alphabet.
+    It is the same in every process: no two words are equally frequent, since the trainer breaks ties at random, and ids are in
+    alphabetical order.
     """
     start, end = "<|startoftext|>", "<|endoftext|>"
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token=end))
@@ -38,7 +38,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_vae() -> AutoencoderKL:
-    # one halving only: a decoder of nearest-neighbour upsamplings cannot tell the pixels of a wider cell apart
+    # one halving only: a decoder with nearest-neighbour upsampling cannot tell the pixels of larger cells apart
     return AutoencoderKL(
         in_channels=3, out_channels=3, latent_channels=LATENT_CHANNELS, block_out_channels=(24, 48), layers_per_block=1,
         down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=8,
@@ -58,7 +58,7 @@ def build_unet() -> UNet2DConditionModel:
     widths = (32, 96, 160)
     return UNet2DConditionModel(
         sample_size=PIXELS // 2, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=widths,
-        # cross-attention where the latents are finest too, as in Stable Diffusion: K and V are all that a concept changes
+        # cross-attention at the finest latents too, as in Stable Diffusion, since a concept changes only K and V
         layers_per_block=1, down_block_types=("CrossAttnDownBlock2D",) * 3, up_block_types=("CrossAttnUpBlock2D",) * 3,
         cross_attention_dim=TEXT_WIDTH,
         # the number of heads: 32 channels each
@@ -67,7 +67,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    # the last step holds no signal at all, so that whole-picture colours are learned too; that needs v-prediction
+    # no signal is left at the last step, so that colours of whole pictures are learned. This needs v-prediction
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False,
         rescale_betas_zero_snr=True, timestep_spacing="trailing", set_alpha_to_one=True,
@@ -76,7 +76,7 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def build_pipeline(tokenizer: CLIPTokenizer | None = None) -> StableDiffusionPipeline:
-    """The whole pipeline with fresh weights, fp32, on the CPU; with a tokenizer of its own unless one is given."""
+    """The whole pipeline with fresh fp32 weights on the CPU. It gets a tokenizer of its own unless one is given."""
     tokenizer = tokenizer or build_tokenizer()
     return StableDiffusionPipeline(
         vae=build_vae(), text_encoder=build_text_encoder(tokenizer), tokenizer=tokenizer, unet=build_unet(),

@@ -1,7 +1,7 @@
 """Pre-train the small Stable Diffusion on the procedural world: `python -m stamina_fast.tiny.pretrain --work DIR`.
 
-Four stages, each resumable: pictures, autoencoder, denoiser (with the text encoder), export. Run again with the same
-folder to go on; `--steps` is the total. `--finish N` spends the last N steps on lowering the learning rate to zero.
+Four stages: pictures, autoencoder, denoiser (with the text encoder), export. Run it again with the same folder to continue
+where it stopped; `--steps` is the total. `--finish N` spends the last N steps on lowering the learning rate to zero.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def pictures(work: Path, count: int) -> tuple[torch.Tensor, list[str]]:
 
 
 def textures(rng: np.random.Generator, count: int) -> torch.Tensor:
-    """Coloured noise with the falling spectrum of photographs, so that the autoencoder is not only good at shapes."""
+    """Coloured noise with the falling spectrum of photographs, so that the autoencoder learns more than shapes."""
     out = np.zeros((count, 3, 32, 32), np.float32)
     for image in out:
         for cells in (2, 4, 8, 16):
@@ -77,7 +77,7 @@ def train_autoencoder(vae, images, work: Path, steps: int, batch: int, device) -
     draw, rng, start = torch.Generator().manual_seed(0), np.random.default_rng(0), time.time()
     for step in range(steps):
         x = images[torch.randint(len(images), (batch,), generator=draw)].float() / 127.5 - 1
-        # other colours and contrasts than the world's: channels swapped, the picture inverted, dimmed
+        # colours and contrasts that the world lacks: swapped channels, inverted or dimmed pictures
         x = x[:, torch.randperm(3, generator=draw)] * (torch.rand(batch, 1, 1, 1, generator=draw) * 1.6 - 0.6).sign()
         x = torch.cat([x[: batch * 3 // 4], textures(rng, batch // 4)]).to(device)
         posterior = vae.encode(x).latent_dist
@@ -96,7 +96,7 @@ def train_autoencoder(vae, images, work: Path, steps: int, batch: int, device) -
 
 @torch.no_grad()
 def encode(vae, images, work: Path, device, scale: float | None) -> torch.Tensor:
-    """The latent means of all pictures times `scale`, fp16; without one, it gives unit deviation and is registered."""
+    """The latent means of all pictures times `scale`, fp16. Default scale: unit deviation. The scale is registered."""
     path = work / "latents.safetensors"
     if not path.exists():
         vae.to(device).eval()
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.start:
         pipe = StableDiffusionPipeline.from_pretrained(arguments.start, dtype=torch.float32)
         for part in (pipe, pipe.unet, pipe.vae):
-            # what is exported does not tell where it came from
+            # the exported files must not tell where they came from
             part.register_to_config(_name_or_path="")
     else:
         if not (work / "tokenizer").exists():

@@ -1,4 +1,4 @@
-"""Draw how the small model was trained and what it can do: `python -m stamina_fast.tiny.report --work DIR --output DIR`."""
+"""Draw the training curve and samples of the small model: `python -m stamina_fast.tiny.report --work DIR --output DIR`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROMPTS = (
 
 
 def sample_sheet(folder: Path, guidance: float, steps: int, columns: int = 6, zoom: int = 2) -> Image.Image:
-    """A row of pictures a prompt, seeds 0, 1, …, the prompt written beside it."""
+    """One row for each prompt: the prompt, and its pictures from seeds 0, 1, …."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     side, text = 32 * zoom, 330
@@ -43,7 +43,7 @@ def sample_sheet(folder: Path, guidance: float, steps: int, columns: int = 6, zo
 
 
 def read_log(path: Path) -> list[dict]:
-    """The rows in the order of their steps; where a run went on from a checkpoint, those of its last time there."""
+    """The rows in the order of their steps. Steps repeated after a checkpoint count once, as they ran last."""
     rows = {row["step"]: row for row in map(json.loads, path.read_text().splitlines())}
     return [rows[step] for step in sorted(rows)]
 

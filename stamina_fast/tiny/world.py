@@ -114,7 +114,7 @@ def draw_thing(c: Canvas, thing: Thing):
 
 
 def phrase(rng, thing: Thing, place_size: bool) -> str:
-    """'a small striped red cat', each attribute named most of the time, so that a bare noun is known too."""
+    """'a small striped red cat'. Each attribute is named most of the time, so that a bare noun is learned too."""
     words = []
     if place_size and rng.random() < 0.7:
         words.append("small" if thing.scale < 0.42 else "big" if thing.scale > 0.75 else "")
@@ -155,7 +155,7 @@ def scene(seed: int, size: int = 32) -> tuple[np.ndarray, str]:
         text = phrase(rng, one, True)
         things = [one]
     elif layout < 0.70:
-        # nearer than the frame: the object fills the picture and is cut by its edge
+        # a close-up: the object fills the picture and is cut off by its edge
         one = thing(jitter[0] * 3, jitter[1] * 3, rng.uniform(1.0, 1.5))
         opening, text, things = "a close up of", phrase(rng, one, False), [one]
     elif layout < 0.83:

@@ -9,14 +9,14 @@ NOISE = (0x1234567_89ABCDEF, (5 << 32) + 7)
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 IDS = ["bf16", "fp16", "fp32"]
 NAMES = ("a", "b", "p", "q", "gate_bias")
-# tokens, k, sizes, r, s: one of everything; ragged, an empty projection; a second span, odd widths; ranks over one dot's
+# tokens, k, sizes, r, s: all ones; odd sizes and an empty projection; a second span; ranks above those of one dot
 RAGGED = (5, 40, (7, 70, 0, 3), 3, 5)
 WIDE = (77, 768, (320, 640), 16, 16)
 SHAPES = [(1, 1, (1,), 1, 1), RAGGED, (17, 259, (2, 33), 2, 1), WIDE, (154, 512, (128, 33, 300), 64, 4),
           (170, 72, (40,), 8, 8)]
-# compiling takes most of the time here, so the tests below share what is compiled for it: one shape, one pair of ranks
+# compiling takes most of the time, so the tests below share one shape and one pair of ranks
 ONE = (77, 512, (64, 128), 16, 16)
-# Frobenius by Frobenius: the residual and the result are rounded to the dtype, the gradients of the factors are sums of fp32
+# relative Frobenius errors: residual and result are rounded to the dtype, the gradients of the factors are fp32 sums
 OUTPUT = {torch.bfloat16: 6e-3, torch.float16: 8e-4, torch.float32: 2e-6}
 FACTOR = 1e-5
 
@@ -66,7 +66,7 @@ def exact(grad, x, weight, factors, sizes, noise, tau):
 
 
 def next_to_threshold(weight, factors, sizes, noise):
-    """How many logits lie next to the threshold, where a sum in another order may turn a mask entry over."""
+    """How many logits lie next to the threshold, where another order of sums may flip a mask entry."""
     low = {name: factors[name].to(weight.dtype).double() for name in ("p", "q")}
     z = sf.reference.noisy_logits(low["p"], low["q"], factors["gate_bias"].double(), sizes, torch.float64, noise)
     return int((z.abs() < 1e-5).sum())
@@ -130,7 +130,7 @@ def test_fold(shape, dtype, with_master, backend, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 def test_one_mask_everywhere(dtype, backend, device):
-    """The mask read off the forward, dx, dA and the fold, with A B = 1, W = 0 and unit inputs, is one and the same."""
+    """With A B = 1, W = 0 and unit inputs, the forward, dx, dA and the fold all show the mask, and it is the same."""
     sizes, k = (33, 70), 300
     rows = sum(sizes)
     *_, factors = problem(1, k, sizes, 1, 4, dtype, device)
@@ -207,7 +207,7 @@ def test_the_same_bits_every_time(dtype, backend, device):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=IDS)
 def test_a_captured_step_advances_its_noise(dtype, backend, device):
-    """Forward and backward in one CUDA graph: a replay after seed or step moved gives the bits of an eager call."""
+    """Forward and backward in one CUDA graph: after a change of seed or step, a replay gives the bits of an eager call."""
     grad, x, weight, factors = problem(*ONE, dtype, device)
     moving = noise(device)
     options = {"sizes": ONE[2], "noise": moving, "tau": torch.tensor(0.7, device=device)}

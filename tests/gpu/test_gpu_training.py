@@ -20,7 +20,7 @@ OPTIONS = {"steps": 16, "sparsity_weight": 0.1, "forgetting_weight": 100.0, "dev
 
 @pytest.fixture(autouse=True)
 def repeatable(monkeypatch):
-    """cuDNN's own freedoms off, so that the two runs differ in our kernels alone."""
+    """Make cuDNN deterministic, so that only our kernels differ between the two runs."""
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
@@ -51,17 +51,17 @@ def test_32_steps_are_those_of_the_reference(dtype, limit, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("change", [{}, {"accumulate": 2}, {"gradient_checkpointing": True}], ids=["plain", "parts", "again"])
 def test_32_captured_steps_are_those_step_by_step(change, tmp_path, monkeypatch, caplog):
-    """One graph a sequence, and a second where the folded past appears; the second task goes through the same graph."""
+    """A run records one graph, and a second once there is a folded past. Later tasks replay them."""
     made = []
     monkeypatch.setattr(loop, "Captured", lambda *args: made.append(Captured(*args)) or made[-1])
     folder = write_concepts(tmp_path / "two", 2)
     backend = "triton" if sf.backends()["triton"][0] else "reference"
-    # the fused kernels of attention sum gradients in whatever order they come
+    # the fused kernels of attention sum gradients in no fixed order
     options = change | {"attention": "math"}
     wanted, _ = trained(backend, folder, tmp_path / "plain", torch.float32, monkeypatch, **options)
     losses, ran = trained(backend, folder, tmp_path / "captured", torch.float32, monkeypatch, capture=True, **options)
     assert not [record.getMessage() for record in caplog.records if record.name == "stamina_fast"]
     assert made[-1].recordings == 2
-    # Python ran in the warm-ups, one of them before the second recording, and in the recordings alone
+    # Python runs only in the warm-ups, one of them before the second recording, and in the recordings
     assert ran[f"masked_linear/{backend}"] == (WARM + 1 + 2) * change.get("accumulate", 1)
     torch.testing.assert_close(losses, wanted, rtol=0, atol=0)
