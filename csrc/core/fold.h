@@ -1,4 +1,4 @@
-// One element of a fold: W + M ⊙ AB. Outside the mask, and where the residual is zero, an element keeps its bits, -0 too.
+// One element of a fold: W + M ⊙ AB. Outside the mask, or if the residual is zero, it keeps its bits, even those of -0.
 #pragma once
 
 #include "lanes.h"

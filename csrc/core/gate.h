@@ -7,7 +7,7 @@ namespace stamina::STAMINA_NAMESPACE {
 
 constexpr double LOG2E = 1.4426950408889634;
 
-// 2^x for x clamped to [-126, 127], where the power is a normal number; 7.5e-8 relative. Not a number stays one.
+// 2^x with x clamped to [-126, 127], so that the power is a normal number. Relative error 7.5e-8. NaN stays NaN.
 template <class F>
 STAMINA_INLINE F power_of_two(F x) {
   x = most(F(-126.0f), least(F(127.0f), x));
@@ -24,7 +24,7 @@ STAMINA_INLINE F power_of_two(F x) {
 }
 STAMINA_INLINE double power_of_two(double x) { return ::exp2(x); }
 #ifdef __CUDA_ARCH__
-// two instructions of a GPU, where small powers are 0; not a number stays one, as above
+// two instructions on a GPU, where small powers are 0; NaN stays NaN
 STAMINA_INLINE float power_of_two(float x) {
   asm("min.NaN.f32 %0, %0, 0f42FE0000;" : "+f"(x));
   asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
@@ -38,7 +38,7 @@ STAMINA_INLINE F exp_minus(F product, F bias) {
   return power_of_two(fused(product, F(-LOG2E), bias * F(-LOG2E)));
 }
 
-// (1 - u) exp(-L): the gate is open where u is above it
+// (1 - u) exp(-L): the gate is open where u is greater
 template <class F>
 STAMINA_INLINE F odds_against(F product, F bias, F u) {
   const F e = exp_minus(product, bias);

@@ -1,4 +1,4 @@
-// What the arithmetic of this folder asks of a lane type, and the answers for plain scalars.
+// The operations that this folder needs of a lane type, and those of plain scalars.
 //
 // Every header of core/ is written once, over a lane type F (float or double, or a SIMD vector of them) and a word type U
 // (uint32_t, or a vector of them): a CUDA thread uses the scalars, csrc/cpu the vectors. The headers have no dependency, and
@@ -14,7 +14,7 @@
 #define STAMINA_NAMESPACE core
 #endif
 
-// a build under sanitizers gives its own: where nothing is inlined, it compiles in a tenth of the time
+// a build under sanitizers defines its own: without inlining it compiles in a tenth of the time
 #ifndef STAMINA_INLINE
 #ifdef __CUDACC__
 #define STAMINA_INLINE __host__ __device__ __forceinline__
@@ -31,7 +31,7 @@ namespace stamina::STAMINA_NAMESPACE {
 STAMINA_INLINE float fused(float a, float b, float c) { return ::fmaf(a, b, c); }
 STAMINA_INLINE double fused(double a, double b, double c) { return ::fma(a, b, c); }
 
-// the second operand where one is not a number
+// the second operand if one is NaN
 template <class F>
 STAMINA_INLINE F least(F a, F b) { return a < b ? a : b; }
 template <class F>

@@ -51,8 +51,8 @@ STAMINA_INLINE Words<U> philox(U group, U row, int64_t step, Key key) {
   return {{c[0], c[1], c[2], c[3]}};
 }
 
-// The same words, for a grid of rows and groups. What the first three rounds make of a group does not depend on the row, nor
-// what they make of a row on the group, so that 4 1/2 of the 7 rounds remain for each pair.
+// The same words, for a grid of rows and groups. In the first rounds, the part from the group does not depend on the row, nor
+// the part from the row on the group. Both are computed once, and 4 1/2 of the 7 rounds remain for each pair.
 template <class U>
 struct PhiloxGroup {
   U c3, x0, x2, x3;
@@ -105,7 +105,7 @@ STAMINA_INLINE U half_word(const Words<U>& words) {
   return HALF % 2 ? word >> 16 : word & U(0xffffu);
 }
 
-// u = (h + 1/2) / 65536, exact; h becomes the low bits of a float from 128 on, where a unit is 2^-16
+// u = (h + 1/2) / 65536, exact; h becomes the low bits of a float in [128, 256), whose unit is 2^-16
 template <class F, class U>
 STAMINA_INLINE F uniform(U half, F like) {
   return from_bits(half | U(0x43000000u), like) - F(128.0f - 0x1p-17f);

@@ -1,4 +1,4 @@
-// bf16 and fp16 as they lie in memory, and the conversions: to nearest, ties to even; not a number stays none.
+// bf16 and fp16 as they are in memory, and the conversions, to nearest with ties to even. NaN stays NaN.
 #pragma once
 
 #include "lanes.h"
@@ -12,7 +12,7 @@ struct Half {
   uint16_t bits;
 };
 
-// on words, so that vectors narrow by the same lines; the result lies in the low 16 bits
+// on words, so that vectors use the same code; the result is in the low 16 bits
 template <class U>
 STAMINA_INLINE U bf16_bits(U value) {
   const U rounded = (value + U(0x7fffu) + ((value >> 16) & U(1u))) >> 16;
@@ -25,7 +25,7 @@ STAMINA_INLINE double widen(double value) { return value; }
 STAMINA_INLINE float widen(Bf16 value) { return bits_as<float>(static_cast<uint32_t>(value.bits) << 16); }
 STAMINA_INLINE float widen(Half value) {
   const uint32_t magnitude = value.bits & 0x7fffu, sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
-  // a half's exponent is 112 less than a float's: scaling mends it, subnormals too; infinity and not-a-number keep theirs
+  // a half's exponent is 112 less than a float's: scaling corrects it, for subnormals too. Infinity and NaN keep theirs
   const uint32_t scaled = bits_as<uint32_t>(bits_as<float>(magnitude << 13) * 0x1p112f);
   return bits_as<float>((magnitude < 0x7c00u ? scaled : (magnitude << 13) | 0x7f800000u) | sign);
 }
@@ -43,7 +43,7 @@ STAMINA_INLINE Half narrow<Half>(float value) {
   if (magnitude > 0x7f800000u) {
     half = 0x7e00u;
   } else if (magnitude >= 0x477ff000u) {
-    half = 0x7c00u;  // from 65520 on
+    half = 0x7c00u;  // infinity, from 65520 on
   } else if (magnitude >= 0x38800000u) {
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   } else {

@@ -1,4 +1,4 @@
-// dX = G (W + M ⊙ AB) and the gradients of the factors, from one tile of M ⊙ AB and one of dW = Gᵀ X.
+// dX = G (W + M ⊙ AB) and the gradients of the factors, tile by tile: from a tile of M ⊙ AB and one of dW = Gᵀ X.
 #pragma once
 
 #include "../core/gate.h"

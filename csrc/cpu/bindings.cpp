@@ -1,4 +1,4 @@
-// The operators of stamina_fast/ops/cpu.py, where their schemas stand, for torch's dispatcher: arguments come checked.
+// Implements the operators whose schemas are in stamina_fast/ops/cpu.py. Their arguments are already checked.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -29,7 +29,7 @@ stamina::Dtype dtype_of(const Tensor& tensor) {
 
 stamina::Matrix matrix(const Tensor& tensor) { return {tensor.data_ptr(), tensor.stride(0), tensor.stride(1)}; }
 
-// null means that there is no such tensor; one without elements is there, and torch has null for its address
+// null means that there is no such tensor. For a tensor without elements torch has a null address too, so it gets another
 void* room(const Tensor& tensor) {
   static double nothing;
   return tensor.numel() ? tensor.data_ptr() : &nothing;

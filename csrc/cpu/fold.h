@@ -34,13 +34,13 @@ struct FoldOf {
     return scratch.used();
   }
 
-  // where the vectors of a few rows are read and written: in place, or in a room; null where there is nothing to write
+  // where the vectors of a few rows are read and written: in place, or in a buffer; null if nothing is written
   template <class From>
   struct FoldAt {
     const From* from[FOLD_ROWS];
     T* wide[FOLD_ROWS];
     Store* weight[FOLD_ROWS];
-    bool streaming;  // the weight is only written: past the caches, where the addresses allow
+    bool streaming;  // the weight is only written: store past the caches if it is aligned
   };
 
   static bool in_place(const Matrix& matrix, Span span) { return matrix.column == 1 && span.count == span.lanes; }
@@ -76,7 +76,7 @@ struct FoldOf {
     const Step* right = static_cast<const Step*>(factors.right) + rows.group * factors.steps * columns + column;
     zero(sums);
     accumulate<E, ROWS, VECTORS>(sums, left, right, columns, smaller(E::CHAIN_STEPS, factors.steps));
-    // of high ranks, the sum of chains, as elsewhere: the mask must be the same
+    // high ranks are sums of chains here too, since the mask must be the same
     for (int64_t done = E::CHAIN_STEPS; done < factors.steps; done += E::CHAIN_STEPS) {
       F more[ROWS][VECTORS];
       zero(more);
@@ -143,8 +143,8 @@ struct FoldOf {
     }
   }
 
-  // By blocks of columns, whose right factors then stay in the nearest cache, and down their rows, each with the next ones on
-  // their way from memory.
+  // By blocks of columns, so that their right factors stay in the nearest cache. In a block, row after row, while the next
+  // rows are prefetched.
   static void fold(const Fold& f, const Rows& all, void* memory) {
     Scratch scratch{static_cast<char*>(memory)};
     FoldRoom room(scratch);
@@ -162,7 +162,7 @@ struct FoldOf {
   }
 
   static void fold_tasks(const Fold& f, const Rows& rows, Span span, FoldRoom& room) {
-    // without a task, what is before is kept: a residual of no ranks
+    // without a task, `before` is copied: the residual has no ranks
     const Task none{}, &task = f.count ? f.tasks[0] : none;
     const bool only = f.count <= 1;
     f.before_is_wide ? fold_task<T>(f, task, rows, span, true, only, room.before_wide, room)

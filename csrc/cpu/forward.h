@@ -1,4 +1,5 @@
-// Y = X (W + M ⊙ AB)ᵀ by strips of rows: the tile W + M ⊙ AB fits the cache, meets all tokens, and is forgotten.
+// Y = X (W + M ⊙ AB)ᵀ by strips of rows. The tile W + M ⊙ AB fits the cache, is multiplied by all tokens, and is then
+// overwritten.
 #pragma once
 
 #include "../core/gate.h"
@@ -125,7 +126,7 @@ struct ForwardOf {
     }
   }
 
-  // rows of W as pairs: where they lie, if whole pairs lie there, else copied
+  // rows of W as pairs: in place if they are contiguous whole pairs, else copied
   static const void* pairs_of_weight(const Forward& f, const Rows& rows, ForwardRoom& room, int64_t& stride) {
     const Matrix& w = f.weight;
     const Store* at = static_cast<const Store*>(w.at) + rows.first * w.row;

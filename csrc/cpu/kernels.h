@@ -1,4 +1,5 @@
-// What the threads of the CPU backend hand to the code of one instruction set. Plain data: no torch, no standard library.
+// What the threads of the CPU backend pass to the code of one instruction set: plain data, without torch or the standard
+// library.
 //
 // Matrices are packed: columns are padded with zeros to a multiple of 16 (`columns`), ranks are as they are. "wide" is float,
 // or double for float64.
@@ -13,7 +14,7 @@ namespace stamina::STAMINA_NAMESPACE {
 constexpr int64_t PAD = 16;
 STAMINA_INLINE constexpr int64_t padded(int64_t count) { return (count + PAD - 1) / PAD * PAD; }
 
-// tokens or vectors of the next of the blocks that `left` are cut into: of nearly equal size, 6 of at most 5 are 3 + 3
+// the size of the next block when `left` tokens or vectors are divided nearly equally: 6 in blocks of at most 5 are 3 + 3
 STAMINA_INLINE constexpr int64_t block_of(int64_t left, int64_t most, int64_t unit) {
   const int64_t blocks = (left + most - 1) / most;
   return ((left + blocks - 1) / blocks + unit - 1) / unit * unit;
@@ -79,7 +80,7 @@ struct Backward {
   void *da, *dp;        // [N, padded rank], wide
 };
 
-// what one piece of the stack (whole strips of one projection) adds up
+// the sums of one piece of the stack, which is whole strips of one projection
 struct Sums {
   void *dx;             // [T, columns], shared by the pieces of one split
   void *db, *dq;        // [r, columns], [s, columns]

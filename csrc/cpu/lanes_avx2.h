@@ -28,7 +28,7 @@ STAMINA_INLINE Word operator|(Word a, Word b) { return Word(_mm256_or_si256(a.v,
 STAMINA_INLINE Word operator^(Word a, Word b) { return Word(_mm256_xor_si256(a.v, b.v)); }
 STAMINA_INLINE Word operator<<(Word a, int n) { return Word(_mm256_slli_epi32(a.v, n)); }
 STAMINA_INLINE Word operator>>(Word a, int n) { return Word(_mm256_srli_epi32(a.v, n)); }
-// of words below 2^31, which is all that is compared
+// for words below 2^31; no others are compared
 STAMINA_INLINE Mask greater(Word a, Word b) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(a.v, b.v))}; }
 STAMINA_INLINE Word choose(Mask m, Word yes, Word no) {
   return Word(_mm256_blendv_epi8(no.v, yes.v, _mm256_castps_si256(m.v)));
@@ -80,7 +80,7 @@ STAMINA_INLINE void store(Half* to, Float a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// past the caches, to an address that is a multiple of what is stored; `drain` before another thread may read it
+// store past the caches, to an aligned address; call `drain` before another thread may read it
 STAMINA_INLINE void stream(float* to, Float a) { _mm256_stream_ps(to, a.v); }
 STAMINA_INLINE void stream(Bf16* to, Float a) {
   const __m256i low = bf16_bits(bits(a)).v;

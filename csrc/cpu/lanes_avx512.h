@@ -77,7 +77,7 @@ STAMINA_INLINE void store(Half* to, Float a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-// past the caches, to an address that is a multiple of what is stored; `drain` before another thread may read it
+// store past the caches, to an aligned address; call `drain` before another thread may read it
 STAMINA_INLINE void stream(float* to, Float a) { _mm512_stream_ps(to, a.v); }
 STAMINA_INLINE void stream(Bf16* to, Float a) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(bf16_bits(bits(a)).v));

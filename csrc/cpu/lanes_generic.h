@@ -72,7 +72,7 @@ struct Lanes {
 using Float = Lanes<float, FloatVector, Mask>;
 using Double = Lanes<double, DoubleVector, WideMask>;
 
-// Without an instruction for it, a fused multiply-add is a call of the C library for every lane: kept out of line, or the
+// Without an instruction for it, a fused multiply-add calls the C library for every lane. It is kept out of line, or the
 // products would be a megabyte of calls.
 #ifdef __FP_FAST_FMA
 #define STAMINA_FUSED STAMINA_INLINE
@@ -118,7 +118,7 @@ STAMINA_INLINE void store(T* to, F a) {
   for (int i = 0; i < WIDTH; ++i) to[i] = narrow<T>(a.v[i]);
 }
 
-// stores that pass the caches are not for every machine
+// not every machine has stores that pass the caches
 template <class T, class F>
 STAMINA_INLINE void stream(T* to, F a) {
   store(to, a);

@@ -88,8 +88,8 @@ void forward_of(const Problem& problem, const Factors& f, Matrix y, Matrix x, in
   for (int64_t i = 0; i < 2 * count; ++i) penalties[i % 2] += sums[i];
 }
 
-// The stack is cut into splits, which threads take, at boundaries that depend on the problem alone; a split into pieces of one
-// projection each. dx is summed over splits, dB, dQ and dc over pieces, in their order.
+// The stack is divided into splits for the threads, at boundaries that depend only on the problem, and a split into pieces of
+// one projection each. dx is summed over splits, and dB, dQ and dc over pieces, in their order.
 constexpr int64_t MOST_SPLITS = 32, FEWEST_SPLITS = 4, SPLIT_ROWS = 128, SPLIT_BYTES = 64 << 20;
 
 struct Piece {

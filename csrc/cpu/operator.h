@@ -1,4 +1,4 @@
-// The operator on whole tensors: packs the small operands, cuts the stack into rows, gives them to threads. No torch here.
+// The operator on whole tensors, without torch: packs the small operands, divides the stack by rows, and runs threads.
 #pragma once
 
 #include <cstdint>
@@ -16,12 +16,12 @@ enum class Dtype { float32, float64, bfloat16, float16 };
 // Names of the instruction sets that this build has and this machine can run, best first.
 std::vector<std::string> instruction_sets();
 
-// What the surroundings give: threads, and memory that their allocator accounts for.
+// What the caller provides: threads, and memory from its own allocator.
 struct Surroundings {
   int64_t threads;
   // runs body on up to `threads` threads, at most so many times; body returns when no work is left
   std::function<void(const std::function<void()>& body)> run;
-  // so many bytes, at a multiple of 64, not initialised, for as long as the pointer is held
+  // so many uninitialised bytes, aligned to 64, which live as long as the pointer
   std::function<std::shared_ptr<void>(int64_t bytes)> allocate;
 };
 
@@ -41,7 +41,7 @@ struct Factors {
   int64_t seed, step;
 };
 
-// y [T, N] = x (W + M ⊙ AB)ᵀ; penalties: null, or room for Σ sigmoid(L) and Σ (S ⊙ M ⊙ AB)² with S = past [N, k], wide, or null
+// y [T, N] = x (W + M ⊙ AB)ᵀ. penalties: null, or room for Σ sigmoid(L) and Σ (S ⊙ M ⊙ AB)². S = past [N, k] is wide, or null.
 void forward(const Problem&, const Factors&, Matrix y, Matrix x, int64_t tokens, Matrix weight, const void* past,
              double* penalties);
 
@@ -53,7 +53,7 @@ struct Gradients {
 void backward(const Problem&, const Factors&, const Gradients&, Matrix grad, Matrix x, int64_t tokens, Matrix weight,
               double tau, const void* past, double d_sparsity, double d_forgetting);
 
-// weight = round(before + Σ M ⊙ AB), the unrounded sum in master too unless it is null
+// weight = round(before + Σ M ⊙ AB); the unrounded sum goes to master unless it is null
 void fold(const Problem&, const std::vector<Factors>& tasks, Matrix weight, Matrix before, bool before_is_wide, Matrix master);
 
 }  // namespace stamina

@@ -1,4 +1,4 @@
-// Work for threads, and the operands of a call as one instruction set wants them.
+// Work for threads, and the operands of a call packed for one instruction set.
 #pragma once
 
 #include <algorithm>
@@ -32,7 +32,7 @@ class Arena {
   std::vector<std::shared_ptr<void>> buffers_;
 };
 
-// work(item, scratch of this thread) for items 0 to count - 1, each once, in whatever order threads come to them
+// work(item, scratch of this thread) for items 0 to count - 1, each once, in no fixed order
 inline void each(const Surroundings& surroundings, int64_t count, int64_t bytes,
                  const std::function<void(int64_t, void*)>& work) {
   const int64_t stride = (bytes + 63) / 64 * 64;
@@ -63,12 +63,12 @@ struct Wide<double> {
   using Type = double;
 };
 
-// values of a packed row of k: an odd number of cache lines, or the rows would meet in a few sets of the cache
+// values of a packed row of k: an odd number of cache lines, so that rows do not share a few sets of the cache
 inline int64_t padded_rows(int64_t k) { return padded(k) / PAD % 2 ? padded(k) : padded(k) + PAD; }
 
 inline uint32_t pair_of(Bf16 low, Bf16 high) { return low.bits | static_cast<uint32_t>(high.bits) << 16; }
 
-// Packs operands of one dtype as one instruction set wants them.
+// Packs operands of one dtype for one instruction set.
 template <class Store>
 class Packer {
  public:
@@ -176,7 +176,7 @@ class Packer {
   }
 
  private:
-  // bf16 machines multiply pairs, the odd rank first: so does everybody, for the same bits
+  // machines with bf16 instructions add pairs, the odd rank first; all others do the same, for the same bits
   static int64_t ordered(int64_t rank, int64_t ranks) {
     if (!BF16 || (ranks % 2 && rank == ranks - 1)) return rank;
     return rank ^ 1;

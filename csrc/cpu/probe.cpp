@@ -1,4 +1,4 @@
-// What the build asks of a compiler and of torch, tried before anything is built.
+// The build compiles this first, to check that the compiler and torch have what it needs.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

@@ -1,8 +1,8 @@
 // The one matrix product of the CPU backend:  C[m, v] (+)= Σ_κ L[m, κ] R[κ, v]   m < rows, v < vectors * width, κ < depth
 //
 // L has any strides, R and C are contiguous along v. Every product of the operator is one of these: v runs over columns
-// (A B, P Q, Gᵀ X, Aᵀ dΔ, G W), over tokens (W Xᵀ) or over ranks (dΔ Bᵀ). A block of C lives in registers while κ runs: an
-// element is a chain of fused multiply-adds in the order of κ; a long one is the sum of chains of CHAIN values, whose error grows
+// (A B, P Q, Gᵀ X, Aᵀ dΔ, G W), over tokens (W Xᵀ) or over ranks (dΔ Bᵀ). A block of C stays in registers while κ runs. An
+// element is a chain of fused multiply-adds in the order of κ. A long one is a sum of chains of CHAIN values, whose error grows
 // more slowly. So the bits are the same for every block, thread and instruction set.
 #pragma once
 
@@ -10,7 +10,7 @@
 
 namespace stamina::STAMINA_NAMESPACE {
 
-// values of a chain, whatever a step takes of them
+// values of a chain, however many of them a step takes
 constexpr int64_t CHAIN = 64;
 
 // one step of κ: a value of L, spread over lanes, times a vector of R
@@ -91,7 +91,7 @@ void block(Left<E> left, const typename E::Step* right, int64_t right_stride, ty
   } while (depth > 0);
 }
 
-// rows of a block beside this many vectors, so that sums and operands fill the registers
+// rows of a block with this many vectors, so that sums and operands fill the registers
 constexpr int block_rows(int vectors) {
 #if defined(__AVX512F__)
   return vectors == 5 ? 5 : vectors == 4 ? 6 : vectors == 3 ? 8 : 12;

@@ -11,11 +11,11 @@ namespace stamina::STAMINA_NAMESPACE {
 
 // most rows of a strip, and of a call that folds; Stable Diffusion's projections have 320, 640 and 1280, multiples of these
 constexpr int64_t FORWARD_ROWS = 40, BACKWARD_ROWS = 64, FOLD_CALL = 160;
-// from row to row of a tile: an odd number of cache lines, or the rows would meet in a few sets of the cache
+// from row to row of a tile: an odd number of cache lines, so that rows do not share a few sets of the cache
 constexpr int64_t PITCH = SPAN + PAD;
 constexpr int64_t TOKEN_BLOCK = padded(MOST_VECTORS * Float::width);
 
-// a bump allocator over the caller's scratch, or, from null, a measure of how much is needed
+// a bump allocator over the caller's scratch; starting from null, it only counts the bytes that are needed
 struct Scratch {
   char* at;
   template <class T>
@@ -56,7 +56,7 @@ STAMINA_INLINE Span span_at(int64_t first, int64_t k) {
   return {first, count, padded(count)};
 }
 
-// `count` entries of a row of a matrix, as contiguous values of which whole vectors can be read; copied to `room` if need be
+// `count` entries of a row of a matrix, contiguous and readable in whole vectors; copied to `room` if needed
 template <class Store>
 STAMINA_INLINE const Store* row_values(const Matrix& matrix, int64_t row, Span span, Store* room) {
   const Store* from = static_cast<const Store*>(matrix.at) + row * matrix.row + span.first * matrix.column;
@@ -66,7 +66,7 @@ STAMINA_INLINE const Store* row_values(const Matrix& matrix, int64_t row, Span s
   return room;
 }
 
-// Ask for a row's columns from memory, some time before they are read: spans of rows are too short for the hardware to guess.
+// Prefetch a row's columns some time before they are read: spans of rows are too short for the hardware to predict.
 template <class Store>
 STAMINA_INLINE void expect_row(const Matrix& matrix, int64_t row, Span span) {
   if (matrix.column != 1) return;
@@ -88,7 +88,7 @@ void low_rank(const LowRank& factors, const Rows& rows, Span span, int64_t colum
   product<E>(rows.rows, span.lanes / E::Lane::width, factors.steps, left, right, columns, to, PITCH, false);
 }
 
-// what the gate needs of a span, whatever the row
+// what the gate needs of a span, for all rows
 template <class F>
 struct SpanNoise {
   PhiloxGroup<typename F::Words> groups[LANES / F::width];
@@ -156,7 +156,7 @@ STAMINA_INLINE double total(F lanes) {
   return sum;
 }
 
-// A sum of any length and of both signs: what each addition loses is taken off the next value, and the rest of it at the end.
+// A sum of any length and both signs. What an addition loses is subtracted from the next value, and at the end from the sum.
 template <class F>
 struct LongSum {
   F sum = F(0.0f), lost = F(0.0f);

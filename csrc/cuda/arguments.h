@@ -1,4 +1,4 @@
-// What a launch hands to a kernel: plain data. Packed operands lie as layout.h says; all counts and offsets are 64 bits wide.
+// The arguments of the kernels: plain data. layout.h says how operands are packed. All counts and offsets are 64 bits wide.
 #pragma once
 
 #include <cstdint>
@@ -40,7 +40,7 @@ STAMINA_INLINE Tile tile_at(Tiles tiles, int64_t index) {
   return {index, at[0], at[1], at[2]};
 }
 
-// The factors, packed. A stack without a gate has P = Q = 0 and a bias of 1: then L = 1 > 0 is M = 1.
+// The factors, packed. A stack without a gate has P = Q = 0 and a bias of 1, so L = 1 > 0 and M = 1.
 struct Factors {
   const uint4 *a, *b, *p, *q;
   const float* bias;           // [G]

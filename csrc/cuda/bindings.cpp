@@ -1,4 +1,4 @@
-// The operators of stamina_fast/ops/cuda.py, where their schemas stand, for torch's dispatcher: arguments come checked and packed.
+// Implements the operators whose schemas are in stamina_fast/ops/cuda.py. Their arguments are checked and packed there.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

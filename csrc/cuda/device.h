@@ -1,4 +1,4 @@
-// A GPU, or a plain compiler's emulation of one: the kernels are the same text for both.
+// A GPU, or its emulation for a plain compiler: the source of the kernels is the same for both.
 #pragma once
 
 #ifdef STAMINA_EMULATED

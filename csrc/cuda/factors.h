@@ -5,10 +5,10 @@
 //
 // With penalties, whose gradients are g_s and g_f, dW gains 2 g_f S² ⊙ M ⊙ A B, and dL gains g_s σ(L) (1 - σ(L)) / (N k).
 //
-// A block walks a chunk of row tiles of one projection over one span of columns; each of its four warps has one quarter of the
-// sub-blocks. dW, A B and L come out of their products in the same registers. Gradients of fp32 meet a factor as two pieces of
-// 11 bits, which is all of them but 2 bits. dB and dQ stay in registers until the chunk ends; dA and dP are added over the
-// warps strip by strip. Sums over spans and over chunks are `sum_kernel`'s, in their order.
+// A block takes a chunk of row tiles of one projection and one span of columns. Each of its four warps has one quarter of the
+// sub-blocks. The products return dW, A B and L in the same layout of registers. An fp32 gradient is multiplied by a factor as
+// two pieces of 11 bits, which are all of its bits but 2. dB and dQ stay in registers until the chunk ends. dA and dP are
+// added over the warps, strip by strip. `sum_kernel` adds up spans and chunks in their order.
 #pragma once
 
 #include "residual.h"
@@ -16,7 +16,7 @@
 namespace stamina::cuda {
 
 constexpr int FACTOR_THREADS = QUARTERS * WARP;
-// floats from one column to the next where a warp turns a strip over: its stores then meet 32 banks
+// floats from one column to the next where a warp transposes a strip: its stores then use all 32 banks
 constexpr int TURNED_STRIDE = 20;
 constexpr int TURNED = 2 * 2 * 8 * TURNED_STRIDE;  // [dΔ, dL][sub-block][column][row]
 constexpr int LEFT_SUMS = 2 * STRIP_ROWS * RANKS;  // [dA, dP][row][rank]
@@ -42,7 +42,7 @@ STAMINA_DEVICE void add_left(float (&d)[2][4], const float (&values)[4], uint32_
   }
 }
 
-// d [16 ranks, 8 columns] += leftᵀ D, D [16 rows, 8 columns] turned over in shared memory
+// d [16 ranks, 8 columns] += leftᵀ D, with D [16 rows, 8 columns] transposed in shared memory
 template <class T>
 STAMINA_DEVICE void add_right(float (&d)[4], const uint4& left, const float* turned) {
   const float4 rows = *reinterpret_cast<const float4*>(turned + lane_row(lane_id()) * TURNED_STRIDE + 4 * lane_pair(lane_id()));
@@ -66,7 +66,7 @@ STAMINA_DEVICE void turn_over(const float (&values)[4], float* turned) {
   }
 }
 
-// What a block asks of the entries of a strip besides its products.
+// What a block needs besides the products to compute the entries of a strip.
 struct EntryRule {
   float bias, tau, inverse_tau, d_sparsity, twice_d_forgetting;
 };
@@ -103,7 +103,7 @@ STAMINA_DEVICE void entry_gradients(const FactorArguments<T>& f, const EntryRule
   }
 }
 
-// the sums of the four warps' shares of dA and dP of one strip, written for the ranks of this block
+// writes dA and dP of one strip, summed over the four warps, for the ranks of this block
 template <class T>
 STAMINA_DEVICE void store_left(const FactorArguments<T>& f, const Tile& tile, int strip, int span, int64_t rank0,
                                const float* shares) {

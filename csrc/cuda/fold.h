@@ -1,8 +1,8 @@
-// W[n, k] = round(W_0 + Σ_tasks [L > 0] ⊙ A B), the unrounded sum in the master too; and the penalties of a residual:
+// W[n, k] = round(W_0 + Σ_tasks [L > 0] ⊙ A B), with the unrounded sum in the master; and the penalties of a residual:
 //
 //   sparsity = Σ sigmoid(L) / (N k)      forgetting = Σ (S ⊙ M ⊙ A B)²
 //
-// A block of four warps owns a strip of 64 rows and one span; a lane reads and writes eight neighbouring columns at once.
+// A block of four warps computes a tile of 64 rows and one span. A lane reads and writes eight neighbouring columns at once.
 #pragma once
 
 #include "residual.h"
@@ -10,7 +10,7 @@
 namespace stamina::cuda {
 
 constexpr int FOLD_THREADS = STRIPS * WARP;
-// of the fold: what leaves its loop over many ranks enough registers
+// of the fold: few enough blocks that its loop over many ranks has the registers that it needs
 template <bool FEW>
 constexpr int FOLD_BLOCKS_AN_SM = FEW ? 3 : 2;
 

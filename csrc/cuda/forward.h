@@ -1,11 +1,11 @@
 // Yᵀ[n, t] = Σ_k (W + M ⊙ A B)[n, k] Xᵀ[k, t]      X [T, k]  W [N, k]  A [N, r]  B [G, r, k]  Y [T, N]
 //
-// A block of four warps owns a strip of 64 rows of one projection and walks all columns; a warp has 16 rows and all tokens of
-// the block. W and X of some columns are in shared memory and of the next ones on their way there. W is operand A of its
-// products, M ⊙ A B goes from accumulators into the same operand of products of its own: a small residual added to a
-// half-precision weight would lose its low bits. Every mask element is made once for the tokens of a block.
+// A block of four warps computes a tile of 64 rows of one projection over all columns. A warp has 16 rows and all tokens of
+// the block. Shared memory holds W and X of some columns while those of the next ones are copied. W is operand A of its
+// products. M ⊙ A B goes from accumulators into operand A of products of its own, since a small residual added to a
+// half-precision weight would lose its low bits. Every mask element is computed once for the tokens of a block.
 //
-// How the copies and the products are said is the business of two engines: `Portable` for every GPU, `Hopper` for sm_90.
+// Two engines have the instructions for copies and products: `Portable` for every GPU, `Hopper` for sm_90.
 #pragma once
 
 #include "residual.h"
@@ -18,7 +18,8 @@ using ForwardNoise = Noise<QUARTERS, true, HELD>;
 template <int TILES>
 using Sums = float[TILES][4];
 
-// Some columns of W and X in shared memory. Rows of W start 16 bytes further on in the banks, so that eight do not clash.
+// Some columns of W and X in shared memory. Each row of W starts 16 bytes further in the banks, so that eight rows do not
+// clash.
 template <int COLUMNS, int TILES>
 struct Stage {
   static constexpr int ROW = (COLUMNS + HALVES) * 2;
@@ -34,7 +35,7 @@ STAMINA_DEVICE const uint4* tokens_of(const ForwardArguments<T>& f, int eight) {
   return f.x + eight * f.packed_tokens + static_cast<int64_t>(blockIdx.y) * TILES * HALVES;
 }
 
-// The share of a thread in the copies of W to the stages, chunk after chunk; rows and columns that are not there are zeros.
+// What one thread copies of W to the stages, chunk after chunk. Rows and columns outside of W are zeros.
 template <int COLUMNS, class T>
 class Weights {
   static constexpr int ROW = Stage<COLUMNS, 0>::ROW;
@@ -76,7 +77,7 @@ STAMINA_DEVICE void load_weights(const unsigned char* stage, int column, uint32_
   load_matrices(w, stage + row * Stage<COLUMNS, 0>::ROW + (column + lane / 16 * HALVES) * 2);
 }
 
-// Copies of 16 bytes by every thread, products of one warp.
+// Every thread copies 16 bytes at a time; every warp makes its own products.
 template <class T, bool FEW>
 struct Portable {
   static constexpr int COLUMNS = 64, TILES = TOKEN_TILES, BLOCKS_AN_SM = 2, NOISE_HELD = FEW ? PAIRS : PAIRS / 2;
@@ -103,7 +104,7 @@ struct Portable {
     end_copies();
   }
 
-  // Waits for a chunk and sends for the next one, into the place of the one before, with which every warp is done.
+  // Waits for a chunk and starts to copy the next one, over the chunk before, which no warp needs any more.
   STAMINA_DEVICE const unsigned char* next(int chunk) const {
     copies_left<0>();
     __syncthreads();
@@ -146,11 +147,11 @@ struct Portable {
   STAMINA_DEVICE static void finish() {}
 };
 
-// X by bulk copies that a barrier counts, products of all four warps that run while the next residual is made. TOKENS: 10
-// tiles, the 77 of a prompt, or 20, for which the mask is made once too.
+// Bulk copies bring X, and a barrier counts their bytes. Products of all four warps run while the next residual is computed.
+// TOKENS: 10 tiles, which hold the 77 tokens of a prompt, or 20; the mask is computed once in either case.
 template <class T, bool FEW, int TOKENS>
 struct Hopper {
-  // three blocks an SM leave 168 registers to a thread and 75 KB to each of them, two leave 255 and 113 KB
+  // with three blocks an SM a thread has 168 registers and a block 75 KB; with two, 255 and 113 KB
   static constexpr int COLUMNS = 64, TILES = TOKENS, STAGES = 3, NOISE_HELD = PAIRS / 2;
   static constexpr int BLOCKS_AN_SM = FEW && TILES == TOKEN_TILES ? 3 : 2;
   using At = Stage<COLUMNS, TILES>;
@@ -179,7 +180,7 @@ struct Hopper {
       unsigned char* stage = shared_memory() + chunk % STAGES * At::BYTES;
       weights.copy(chunk, stage);
       if (threadIdx.x == 0) {
-        // the last block may have fewer tokens: what is then in the sums of the others goes nowhere
+        // the last block may have fewer tokens: the sums of the others are not written
         const int64_t left = f.packed_tokens - static_cast<int64_t>(blockIdx.y) * TILES * HALVES;
         const uint32_t bytes = left < TILES * HALVES ? static_cast<uint32_t>(left) * 16 : At::EIGHT;
         barrier_expect(barrier(chunk), COLUMNS / HALVES * bytes);
@@ -243,7 +244,7 @@ STAMINA_DEVICE void residual_operand(const LowRank<T, FEW>& ab, const LowRank<T,
   }
 }
 
-// sums [16, 8 tokens] each, of a warp, to y through shared memory, so that rows of a token are written together
+// sums of a warp, [16, 8 tokens] each, to y through shared memory, so that the rows of a token are written together
 template <class T, int TILES>
 STAMINA_DEVICE void store_tokens(const ForwardArguments<T>& f, const Tile& tile, const float (&sums)[TILES][4]) {
   constexpr int STRIDE = TILE_ROWS + HALVES;
@@ -314,7 +315,7 @@ STAMINA_DEVICE void forward_strip(const ForwardArguments<T>& f) {
   store_tokens<T>(f, tile, sums);
 }
 
-// Machine code of sm_90a has the second kernel alone, that of all others the first: see `on_hopper`.
+// Machine code of sm_90a has only the second kernel, all other only the first: see `on_hopper`.
 template <class T, bool FEW, bool NOISY>
 __global__ void __launch_bounds__(FORWARD_THREADS, Portable<T, FEW>::BLOCKS_AN_SM) forward_kernel(ForwardArguments<T> f) {
 #if STAMINA_PORTABLE_CODE

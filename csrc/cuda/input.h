@@ -1,8 +1,8 @@
 // dX[t, c] = Σ_n G[t, n] (W + M ⊙ A B)[n, c]      G [T, N]  W [N, k]  A [N, r]  B [G, r, k]  dX [T, k]
 //
-// As dXᵀ, with the columns of W for the rows of a product. A block owns a span of 256 columns and a share of the row tiles, 32
-// rows a turn: W comes to shared memory as it lies, its eight warps leave M ⊙ A B beside it (one strip and one quarter of the
-// sub-blocks each), and both are read back transposed. The shares are added in their order by `sum_kernel`.
+// The product is computed as dXᵀ: its rows are the columns of W. A block takes a span of 256 columns and some of the row
+// tiles, 32 rows a turn. It copies W to shared memory as it is. Its eight warps write M ⊙ A B beside it, each one strip and
+// one quarter of the sub-blocks. Both are read back transposed. `sum_kernel` adds the results of all blocks in their order.
 #pragma once
 
 #include "residual.h"
@@ -10,13 +10,13 @@
 namespace stamina::cuda {
 
 constexpr int INPUT_WARPS = 8, INPUT_THREADS = INPUT_WARPS * WARP;
-// numbers from one row of a turn to the next: rows start 16 bytes further on in the banks, so that eight of them do not clash
+// numbers from one row of a turn to the next. Each row starts 16 bytes further in the banks, so that eight rows do not clash
 constexpr int INPUT_STRIDE = SPAN + HALVES;
 constexpr int INPUT_TURN = HALF_ROWS * INPUT_STRIDE;
 
 constexpr int INPUT_SHARED_BYTES = 3 * INPUT_TURN * 2 + 2 * TOKEN_TILES * WARP * static_cast<int>(sizeof(uint4));
 
-// W and G of the rows of one turn; rows and columns that are not there are zeros
+// W and G of the rows of one turn; rows and columns outside are zeros
 template <class T>
 STAMINA_DEVICE void copy_turn(const InputArguments<T>& f, const Tile& tile, int half, int span, int64_t first_token_tile, T* w,
                               uint4* grad) {
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(INPUT_THREADS, 1) input_kernel(InputArguments<
         }
       }
     }
-    // before the next turn overwrites the residual and fills the other buffers
+    // wait before the next turn overwrites the residual and fills the other buffers
     __syncthreads();
   }
 

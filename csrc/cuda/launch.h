@@ -13,7 +13,7 @@ struct Grid {
   int64_t x, y, z;
 };
 
-// `where` says what the error is about: kernel and sizes
+// `where` names the kernel and the sizes for the error
 template <class Kernel, class Arguments>
 void launch_kernel(Kernel kernel, Grid grid, int threads, int shared_bytes, void* stream, const std::string& where,
                    const Arguments& arguments) {
@@ -37,7 +37,7 @@ void launch_kernel(Kernel kernel, Grid grid, int threads, int shared_bytes, void
 #endif
 }
 
-// Whether the current device runs the code of sm_90a, and this library has it. The emulation does as it is told.
+// Whether this library has code of sm_90a and the current device runs it. In the emulation the caller chooses.
 inline bool on_hopper() {
 #if defined(STAMINA_EMULATED)
   return emulated::hopper;

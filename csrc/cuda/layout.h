@@ -1,13 +1,13 @@
-// Where every number of a tile lies: which thread of a warp owns which rows and columns, and in which order the packed
-// operands lie in memory. Index arithmetic only: no CUDA here, so that a plain compiler can prove it.
+// Where every number of a tile is: which thread of a warp has which rows and columns, and the order of the packed operands in
+// memory. This is index arithmetic without CUDA, so that tests can check it with a plain compiler.
 //
 // A lane of a warp is (g, i) = (lane / 4, lane % 4). The accumulator of mma.m16n8k16 gives it rows g and g + 8 and columns
 // 2i and 2i + 1 of 16 x 8; operand A gives it rows g and g + 8 and columns 2i, 2i + 1, 2i + 8, 2i + 9 of 16 x 16.
 //
-// Columns of W are renamed, so that nothing ever moves between lanes. A span of 256 columns is eight sub-blocks h of 32;
+// Columns of W are renamed, so that no data moves between lanes. A span of 256 columns has eight sub-blocks of 32. Column
 // n = 2i + e of quarter tau (0 to 3) of a sub-block stands for its column 8i + 2 tau + e. Hence
 //   - a lane owns eight neighbouring columns of a sub-block: 16 bytes of W, and of X, are its operands of two products;
-//   - it owns columns c, c + 32, ..., c + 224 of a span together: the eight halves of one Philox call;
+//   - a lane owns columns c, c + 32, ..., c + 224 of a span together: the eight halves of one Philox call;
 //   - the accumulators of quarters 2s and 2s + 1 of A B are operand A of product s of the sub-block.
 // The forward takes W and X from shared memory, matrix by matrix of eight columns, and leaves the columns as they are.
 #pragma once
@@ -55,7 +55,7 @@ STAMINA_INLINE constexpr int plain_column_of(int quarter, int n) { return quarte
 
 // ---- packed operands, in words of 16 bytes: the eight numbers of word `index` -------------------------------------------
 
-// A number of a factor [outer, row, column]; which of them are outside is the packer's business.
+// The place of a number in a factor [outer, row, column]. The packer checks whether it is outside.
 struct Source {
   int64_t outer, row, column;
 };

@@ -1,5 +1,6 @@
-// The launches, as bindings.cpp sees them: arguments checked and packed, workspaces allocated, nothing of torch. Every one runs
-// on the given stream of the current device, and throws std::runtime_error with kernel and sizes where a launch fails.
+// The launches that bindings.cpp calls, without torch: arguments are checked and packed, and workspaces are allocated. Each
+// runs on the given stream of the current device. If a launch fails, it throws std::runtime_error with the kernel and the
+// sizes.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Small operands in the order in which a warp takes them, rounded to T, and the sums of parts. See layout.h.
+// Packs small operands in the order in which a warp reads them, rounded to T (see layout.h); and sums of parts.
 #pragma once
 
 #include "arguments.h"

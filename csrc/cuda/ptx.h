@@ -1,4 +1,4 @@
-// The instructions that C++ has no words for. Each function is one PTX instruction, or says what more it is.
+// Instructions that C++ cannot express. Each function is one PTX instruction, unless its comment says more.
 //
 // tests/csrc/cuda/emulated.h has the same functions for a plain compiler, lane by lane, from the tables of the PTX ISA.
 #pragma once
@@ -36,7 +36,7 @@ STAMINA_DEVICE uint32_t shared_address(const void* pointer) { return static_cast
 // 16 bytes that no thread writes while the kernel runs
 STAMINA_DEVICE uint4 load16(const void* from) { return __ldg(static_cast<const uint4*>(from)); }
 
-// 16 bytes to shared memory, zeros where `exists` is false; done once `copies_left` says so
+// 16 bytes to shared memory, zeros if not `exists`; done once `copies_left` says so
 STAMINA_DEVICE void copy16(void* to, const void* from, bool exists) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(exists ? 16 : 0)
                : "memory");
@@ -57,7 +57,7 @@ STAMINA_DEVICE void barrier_init(uint64_t* barrier) {
   // seen by the copies too
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
-// The one arrival of a phase, which ends once so many bytes have come.
+// The only arrival of a phase, which ends once so many bytes have been copied.
 STAMINA_DEVICE void barrier_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
@@ -181,9 +181,9 @@ STAMINA_DEVICE void products_left() {
                  STAMINA_FOUR(15), STAMINA_FOUR(16), STAMINA_FOUR(17), STAMINA_FOUR(18), STAMINA_FOUR(19)                     \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(add)))
 
-// d [64, 8 TILES] = a [64, 16] b [16, 8 TILES] + d (without d where not `add`), of four warps: a warp has 16 rows of a and d
-// as in `multiply`, tile by tile of 8 tokens. Done once `products_left` says so; until then d is not to be touched. (Zeros to begin
-// with would be plain writes of d, and ptxas then waits for every product.)
+// d [64, 8 TILES] = a [64, 16] b [16, 8 TILES] + d (without d if not `add`), of four warps. A warp has 16 rows of a and d as
+// in `multiply`, tile by tile of 8 tokens. Do not touch d until `products_left` says that it is done. (To start from zeros
+// would be plain writes of d, and ptxas would then wait for every product.)
 template <class T, int TILES>
 STAMINA_DEVICE void multiply_async(float (&d)[TILES][4], const uint32_t (&a)[4], uint64_t b, bool add) {
   static_assert(TILES == 10 || TILES == 20, "the sizes that are spelled out above");
@@ -234,15 +234,15 @@ STAMINA_DEVICE float unbound_power_of_two(float x) {
   return x;
 }
 
-// two half-precision numbers, each where its margin is below 0, else 0; a margin that is no number keeps none
+// two half-precision numbers, each kept if its margin is below 0, else 0; a NaN margin keeps none
 STAMINA_DEVICE uint32_t kept_below_zero(uint32_t both, float margin_low, float margin_high) {
   uint32_t kept;
-  // repeats the sign of either margin over its half; what is not a number comes out of arithmetic with a positive one
+  // repeats the sign of either margin over its half; arithmetic returns NaN with a positive sign
   asm("prmt.b32 %0, %1, %2, 0xffbb;" : "=r"(kept) : "f"(margin_low), "f"(margin_high));
   return both & kept;
 }
 
-// the same number, of which the compiler knows nothing
+// the same number, but the compiler knows nothing about it
 STAMINA_DEVICE int opaque(int value) {
   asm volatile("mov.b32 %0, %0;" : "+r"(value));
   return value;

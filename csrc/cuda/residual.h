@@ -1,6 +1,6 @@
-// A strip of 16 rows of A B and of L = P Q, straight from the tensor core, and the noise and gate of its entries.
+// A strip of 16 rows of A B and of L = P Q in the accumulators of a warp, and the noise and gate of its entries.
 //
-// Every kernel makes L by the same products in the same order and tests it by the same lines, so that one mask is seen by all.
+// Every kernel computes L by the same products in the same order and tests it by the same code, so that all have the same mask.
 #pragma once
 
 #include "../core/fold.h"
@@ -13,7 +13,7 @@ namespace stamina::cuda {
 STAMINA_DEVICE int lane_id() { return static_cast<int>(threadIdx.x) % WARP; }
 STAMINA_DEVICE int warp_id() { return static_cast<int>(threadIdx.x) / WARP; }
 
-// the words of eight numbers by number
+// the words of eight numbers, by index
 STAMINA_DEVICE uint32_t word_of(const uint4& v, int n) { return n == 0 ? v.x : n == 1 ? v.y : n == 2 ? v.z : v.w; }
 
 // A strip of one row tile, as one lane sees it.
@@ -58,8 +58,8 @@ class LowRank {
   uint4 kept_;
 };
 
-// The Philox words of both rows of a lane and of its columns of QUARTERS_OWNED quarters, for one span. Of four words a call,
-// HELD are in registers: all, or first those of the lower half of the span and, after `resume`, those of the upper half.
+// The Philox words of both rows of a lane and of its columns of QUARTERS_OWNED quarters, for one span. HELD of the four words
+// of a call are in registers: all of them, or those of the lower half of the span, and after `resume` those of the upper half.
 // PLAIN: the quarters are those of `plain_column_of`.
 template <int QUARTERS_OWNED, bool PLAIN = false, int HELD = PAIRS>
 class Noise {
@@ -70,7 +70,7 @@ class Noise {
       : present(factors.seed != nullptr), step_(0), exponent_(0), key_{0, 0}, rows_{} {
     if (!present) return;
     step_ = *factors.step;
-    // no step is below 0, but the assembler cannot know: a constant it would move to a register again for every weight
+    // no step is below 0, but the assembler cannot know this: it would move a constant to a register again for every weight
     exponent_ = UNIFORM_EXPONENT + static_cast<uint32_t>(step_ < 0);
     key_ = core::key_of(*factors.seed);
 #pragma unroll
@@ -80,7 +80,7 @@ class Noise {
 
   // `parked`: the PARKED_BYTES of every thread of a block of four warps
   STAMINA_DEVICE void draw(int span, int first_quarter, uint4* parked = nullptr) {
-    // a branch for each quarter: the compiler would work on all of them at once, which takes more registers than there are
+    // a branch for each quarter. Without it the compiler computes all at once, which needs more registers than there are
     const int owned = opaque(present ? QUARTERS_OWNED : 0);
 #pragma unroll
     for (int quarter = 0; quarter < QUARTERS_OWNED; ++quarter) {
@@ -135,7 +135,7 @@ class Noise {
   uint32_t words_[QUARTERS_OWNED][HELD][2][2];  // [quarter][pair][column][row half]
 };
 
-// M of the four entries of sub-block ODD. Whether there is noise is decided by a block once for many entries, not for each.
+// M of the four entries of sub-block ODD. A block tests once for many entries whether there is noise, not for each.
 template <int ODD, bool NOISY, int OWNED>
 STAMINA_DEVICE void gate(const Noise<OWNED>& noise, int pair, int quarter, const float (&product)[4], float bias,
                          bool (&open)[4]) {
@@ -150,8 +150,8 @@ STAMINA_DEVICE void gate(const Noise<OWNED>& noise, int pair, int quarter, const
   }
 }
 
-// The same as a margin, which is below 0 where the gate is open. Powers of two are let go to infinity: the margin is then not a
-// number, and the gate closed, as it is at the largest power.
+// The same as a margin, which is below 0 where the gate is open. Powers of two may become infinite. The margin is then NaN and
+// the gate is closed, as it is at the largest finite power.
 template <int ODD, bool NOISY, class Words>
 STAMINA_DEVICE void margins(const Words& noise, int pair, int quarter, const float (&product)[4], float bias,
                             float (&margin)[4]) {
@@ -171,13 +171,13 @@ STAMINA_DEVICE void margins(const Words& noise, int pair, int quarter, const flo
 
 // ---- rows of matrices of any strides ------------------------------------------------------------------------------------
 
-// Eight neighbouring columns of a row of half-precision numbers; zeros where there are none. The kernel may write them later.
+// Eight neighbouring columns of a row of half-precision numbers; zeros outside. The kernel may write these columns later.
 template <class T>
 STAMINA_DEVICE uint4 load_eight(const View<const T>& view, int64_t row, int64_t column, bool exists, int64_t columns) {
   const T* at = view.at + row * view.row + column * view.column;
   uint4 eight{0, 0, 0, 0};
   if (view.wide) return exists && column < columns ? *reinterpret_cast<const uint4*>(at) : eight;
-  // a loop, so that this path takes few registers from the other one: every number comes in at the upper end
+  // a loop, so that this path needs few registers: every number is shifted in at the upper end
 #pragma unroll 1
   for (int n = 0; n < HALVES; ++n) {
     const uint32_t number = exists && column + n < columns ? at[n * view.column].bits : 0;
