@@ -111,7 +111,7 @@ def stages(output: Path) -> list[Stage]:
         # without torch's caching allocator, so that the sanitizer knows the bounds of each tensor
         return Stage(f"sanitizer-{tool}", check, limit, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, left_out=missing)
 
-    kernels = ["tests/kernels/test_kernels.py", "tests/ops/test_gate.py", "tests/ops/test_penalties.py"]
+    kernels = ["tests/kernels/test_kernels.py", "tests/ops/test_backends.py", "tests/ops/test_penalties.py"]
     return [
         build(240), Stage("imports", (python, "-c", imports), 90),
         tests("tests", 400, "tests/gpu"), bench("sd15", 180),

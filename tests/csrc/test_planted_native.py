@@ -10,8 +10,8 @@ from functools import cache
 from types import SimpleNamespace
 
 import pytest
+from nativeanswers import answers
 from nativebuild import FLAGS, GXX, ROOT, SANITIZE, compiled, is_x86, linked
-from test_native import answers
 
 pytestmark = [pytest.mark.skipif(GXX is None, reason="no g++ on PATH; install a C++ compiler"), pytest.mark.timeout(600)]
 

@@ -13,10 +13,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import test_kernels
 from cases import DEVICE, everything, problem, run
 from checked import Checked, kernel_names
-from test_planted import KERNELS, copy  # noqa: F401
+from plantedkernels import KERNELS, copy  # noqa: F401
 from triton.runtime.errors import InterpreterError
 
 from stamina_fast.ops.backend import Factors
@@ -66,8 +65,7 @@ NARROWED = [
 
 @pytest.mark.parametrize(("module", "line", "planted"), NARROWED)
 def test_32_bits_are_caught(module, line, planted, copy, tmp_path):  # noqa: F811
-    copy(module, line, planted)
-    read = offsets(test_kernels.BACKEND.package, *SHOWS[module], path=tmp_path)
+    read = offsets(copy(module, line, planted).package, *SHOWS[module], path=tmp_path)
     assert any(found["faults"] for found in read.values())
 
 
@@ -119,7 +117,7 @@ def test_rows_past_32_bits(far):
 @interpreted
 def test_rows_past_32_bits_are_lost_with_32(far, copy):  # noqa: F811
     """The memory is far enough apart: an offset in 32 bits comes out somewhere else."""
-    copy("masked_linear", "program_id(1).to(tl.int64)", "program_id(1)")
+    backend = copy("masked_linear", "program_id(1).to(tl.int64)", "program_id(1)")
     grad, x, *rest = problem(3, 40, (3, 1), 2, 1, torch.float16)
     with pytest.raises(InterpreterError, match=r"outside|overflow"), Checked():
-        test_kernels.run(grad, far(x), *rest, (3, 1))
+        run(backend, grad, far(x), *rest, (3, 1))

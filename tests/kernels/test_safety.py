@@ -15,10 +15,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import test_kernels
 from cases import DEVICE, everything, problem, run, strided
 from checked import Checked, Guards
-from test_planted import KERNELS, copy  # noqa: F401
+from plantedkernels import KERNELS, copy  # noqa: F401
 from triton.runtime.errors import InterpreterError
 
 from stamina_fast.kernels import tiles
@@ -118,20 +117,9 @@ def launch(backend, module, arguments, sizes):
         backend.fold_(arguments[2].clone(), Factors(*arguments[3:]), sizes, None)
 
 
-@pytest.fixture
-def planted(copy):  # noqa: F811
-    """A function that plants a bug in a copy of the kernels and gives the backend that runs it."""
-
-    def plant(*bug):
-        copy(*bug)
-        return test_kernels.BACKEND
-
-    return plant
-
-
 @pytest.mark.parametrize(("module", "line", "bug"), HALVES, ids=[f"{module}: {bug.strip()}" for module, _, bug in HALVES])
-def test_half_a_mask_is_caught(module, line, bug, planted):
-    backend = planted(module, line, bug)
+def test_half_a_mask_is_caught(module, line, bug, copy):  # noqa: F811
+    backend = copy(module, line, bug)
     guards, said = Guards(), r"outside its tensors|another program|written twice"
     with pytest.raises(InterpreterError, match=said), Checked(guards), guards:
         launch(backend, module, problem(3, 40, (7, 3), 3, 5, torch.float32), (7, 3))
@@ -145,24 +133,24 @@ def test_half_a_mask_is_caught(module, line, bug, planted):
         ("fold", "tl.program_id(1)", "0 * tl.program_id(1)"),
     ],
 )
-def test_two_programs_in_one_element_are_caught(module, old, new, planted, monkeypatch):
+def test_two_programs_in_one_element_are_caught(module, old, new, copy, monkeypatch):  # noqa: F811
     monkeypatch.setattr(tiles, "interpreted", lambda: False)
-    backend, sizes = planted(module, old, new), (7, 3)
+    backend, sizes = copy(module, old, new), (7, 3)
     with pytest.raises(InterpreterError, match="another program"), Checked():
         launch(backend, module, problem(3, 300, sizes, 3, 5, torch.float16), sizes)
 
 
 @pytest.mark.parametrize("module", ["masked_linear", "factors"])
-def test_a_false_multiple_is_caught(module, planted):
+def test_a_false_multiple_is_caught(module, copy):  # noqa: F811
     """Rows that are said to begin and end at multiples of 16 and do not: a GPU would read several at once and miss some."""
-    backend, sizes = planted("tables", "gcd(16, *sizes)", "16"), (7, 3)
+    backend, sizes = copy("tables", "gcd(16, *sizes)", "16"), (7, 3)
     with pytest.raises(InterpreterError, match="not a multiple of"), Checked():
         launch(backend, module, problem(3, 40, sizes, 3, 5, torch.float32), sizes)
 
 
-def test_a_write_next_to_a_tensor_shows(planted):
+def test_a_write_next_to_a_tensor_shows(copy):  # noqa: F811
     """Without the checked interpreter the guards alone see it."""
-    backend = planted("masked_linear", "mask_n[:, None] & mask_t[None, :])", "mask_n[:, None])")
+    backend = copy("masked_linear", "mask_n[:, None] & mask_t[None, :])", "mask_n[:, None])")
     arguments, guards = problem(3, 40, (7, 3), 3, 5, torch.float32), Guards()
     with guards:
         run(backend, *arguments, (7, 3))
@@ -170,9 +158,9 @@ def test_a_write_next_to_a_tensor_shows(planted):
         guards.assert_intact()
 
 
-def test_a_read_next_to_a_tensor_shows(planted):
+def test_a_read_next_to_a_tensor_shows(copy):  # noqa: F811
     """The guard is NaN, which no product with 0 makes harmless."""
-    backend = planted("masked_linear", "mask_k[:, None] & mask_t[None, :]", "mask_t[None, :]")
+    backend = copy("masked_linear", "mask_k[:, None] & mask_t[None, :]", "mask_t[None, :]")
     arguments, guards = problem(3, 40, (7, 3), 3, 5, torch.float32), Guards()
     y = run(backend, *(guards.around(t) for t in arguments), (7, 3))[0]
     assert y.isnan().any()

@@ -1,4 +1,7 @@
-"""The compiled CPU backend: every instruction set by itself, any number of threads, any layout of its arguments."""
+"""What the compiled CPU backend alone has: its error, its sums, threads, instruction sets, memory, any shape, the choice.
+
+What it shares with every backend is in test_backends.py.
+"""
 
 from functools import partial
 from itertools import accumulate
@@ -6,7 +9,8 @@ from itertools import accumulate
 import cases
 import pytest
 import torch
-from cases import NOISE, assert_close, eager, everything, masks, problem, relative, specified, strided
+from cases import NOISE, assert_close, eager, everything, masks, problem, relative, specified
+from checks import same
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch.profiler import ProfilerActivity, profile
 
@@ -14,7 +18,6 @@ import stamina_fast as sf
 from stamina_fast.errors import InputError
 from stamina_fast.ops import cpu, reference
 from stamina_fast.ops.backend import Factors
-from stamina_fast.ops.noise import halves
 
 pytestmark = [
     pytest.mark.skipif(bool(cpu.load()), reason=cpu.load() or "-"),
@@ -23,7 +26,6 @@ pytestmark = [
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LOW = (torch.float32, torch.bfloat16, torch.float16)
 SETS = ("avx512_bf16", "avx512", "avx2", "generic")
-SIZES = (7, 70, 0, 3)
 
 
 def backend_of(instructions):
@@ -38,83 +40,7 @@ def only(request):
     return backend_of(request.param)
 
 
-def same(one, two):
-    assert len(one) == len(two)
-    return all(torch.equal(left, right) for left, right in zip(one, two, strict=True))
-
-
 # ---- values --------------------------------------------------------------------------------------------------------
-
-
-SHAPES = [
-    # tokens, k, sizes, r, s: ragged sizes, an empty projection, odd everything, a second span, wide ranks, many tokens
-    (1, 1, (1,), 1, 1),
-    (5, 40, SIZES, 3, 5),
-    (17, 259, (2, 33), 2, 1),
-    (16, 64, (64, 65), 17, 80),
-    (178, 48, (45, 1), 4, 4),
-]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_the_specification(only, shape, dtype):
-    arguments = problem(*shape, dtype)
-    past = torch.randn(sum(shape[2]), shape[1], generator=torch.Generator().manual_seed(5)).to(reference.compute_dtype(dtype))
-    assert_close(cases.run(only, *arguments, shape[2], past=past), specified(*arguments, shape[2], past=past), dtype)
-    assert_close(cases.run(only, *arguments, shape[2], tau=1.0), specified(*arguments, shape[2], tau=1.0), dtype)
-
-
-@pytest.mark.parametrize("variant", ["no gate", "no bias", "no noise"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_variants(only, dtype, variant):
-    arguments = problem(3, 40, SIZES, 3, 5, dtype, gate=variant != "no gate", bias=variant != "no bias")
-    past = torch.randn(80, 40, dtype=reference.compute_dtype(dtype))
-    options = {"noise": None if variant == "no noise" else NOISE, "past": past}
-    made, wanted = list(cases.run(only, *arguments, SIZES, **options)), list(specified(*arguments, SIZES, **options))
-    if variant == "no bias":
-        # the specification had a bias of zeros, and a gradient for it
-        assert made[6] is None
-        wanted[6] = None
-    assert_close(made, wanted, dtype)
-
-
-@pytest.mark.parametrize("shape", [(0, 40, (7, 5), 3, 5), (3, 40, (7, 5), 0, 5), (3, 40, (7, 5), 3, 0), (3, 40, (7, 5), 0, 0)],
-                         ids=["no tokens", "rank 0", "gate rank 0", "no ranks"])
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_empty(only, dtype, shape):
-    """A factor of rank 0 has no memory, and is there all the same: its gate is its bias."""
-    arguments, past = problem(*shape, dtype), torch.randn(12, 40)
-    assert_close(cases.run(only, *arguments, shape[2], past=past), specified(*arguments, shape[2], past=past), dtype)
-
-
-@pytest.mark.parametrize(("k", "sizes"), [(0, (7, 5)), (40, (0, 0)), (40, ())], ids=["no columns", "no rows", "no projections"])
-def test_nothing_to_multiply(only, k, sizes):
-    grad, x, weight, *others = problem(3, k, sizes, 2, 5, torch.float32)
-    only.fold_(weight, Factors(*others), sizes, None)
-    made = cases.run(only, grad, x, weight, *others, sizes, past=weight)
-    for got, like in zip(made, (grad, x, *others, torch.zeros(()), torch.zeros(())), strict=True):
-        assert torch.equal(got, torch.zeros_like(like))
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_small_integers_are_exact(only, dtype):
-    """Every product and sum of them is: bit-equal to float64, with W and without, and the fold too."""
-    sizes, k, tokens = (35, 30), 40, 5
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape):
-        return torch.randint(-1, 2, shape, generator=generator).double()
-
-    grad, x, weight = draw(tokens, 65), draw(tokens, k), draw(65, k)
-    factors = draw(65, 2), draw(2, 2, k), draw(65, 3), draw(2, 3, k), torch.full((2,), 0.5, dtype=torch.float64)
-    for w in (weight, torch.zeros_like(weight)):
-        exact = specified(grad, x, w, *factors, sizes)
-        low = [t.to(dtype) for t in (grad, x, w)]
-        got = cases.run(only, *low, *(t.float() for t in factors), sizes)
-        assert [i for i in range(4) if not torch.equal(got[i].double(), exact[i])] == []
-    only.fold_(folded := weight.to(dtype), Factors(*factors), sizes, None)
-    assert torch.equal(folded.double(), reference.fold_(weight, *factors, sizes=sizes))
 
 
 @pytest.mark.parametrize("zero_weight", [False, True], ids=["W", "W=0"])
@@ -158,55 +84,6 @@ def test_sums_over_a_whole_projection(only, signs):
         assert relative(got, want) <= limits[name] * torch.finfo(torch.float32).eps, name
 
 
-# ---- the gate ------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_masks_are_one(only, dtype):
-    """The same in forward, dx and the factors' gradients; with the fold's; and the reference's away from the threshold."""
-    sizes, k = (33, 70), 270
-    *_, p, q, gate_bias = problem(1, k, sizes, 1, 4, dtype)
-    z = reference.noisy_logits(p, q, gate_bias, sizes, dtype, NOISE)
-    forward, backward, through = masks(only, sizes, k, p, q, gate_bias, NOISE, dtype)
-    assert same((forward, forward), (backward, through))
-    away = z.abs() >= 1e-5
-    assert torch.equal((z > 0)[away], forward.bool()[away])
-    assert 0.3 < forward.mean() < 0.7
-    plain, *others = masks(only, sizes, k, p, q, gate_bias, None, dtype)
-    ones = torch.ones(103, 1), torch.ones(2, 1, k)
-    only.fold_(weight := torch.zeros(103, k, dtype=dtype), Factors(*ones, p, q, gate_bias), sizes, None)
-    assert same((plain, plain, plain), (*others, weight.float()))
-
-
-def test_stream_layout(only):
-    """The draw of (row, column) is the specification's: logits a quarter of a draw either side of its threshold."""
-    rows, k = 3, 300
-    h = halves(NOISE, rows, k, torch.device("cpu")).double()
-    threshold = torch.log((65535.5 - h) / (h + 0.5))
-    quarter = 16384 / ((h + 0.5) * (65535.5 - h))
-    ones = torch.ones(rows, 1), torch.ones(1, 1, k)
-    for shift, wanted in ((quarter, 1.0), (-quarter, 0.0)):
-        # one projection with P = the unit matrix puts any logits into Q
-        factors = Factors(*ones, torch.eye(rows), (threshold + shift).unsqueeze(0))
-        y = only.forward(torch.eye(k), torch.zeros(rows, k), factors, (rows,), NOISE.on("cpu"))
-        assert (y == wanted).all()
-
-
-def test_extreme_logits(only):
-    """Infinite and huge ones decide the gate, one that is not a number closes it; no slope is infinite."""
-    bias = torch.tensor([1e4, 3e38, torch.inf, -1e4, -3e38, -torch.inf, torch.nan])
-    sizes, k = (2,) * 7, 40
-    zero = torch.zeros(14, k)
-    factors = Factors(torch.ones(14, 1), torch.ones(7, 1, k), torch.zeros(14, 1), torch.zeros(7, 1, k), bias)
-    for noise in (None, NOISE.on("cpu")):
-        y = only.forward(torch.eye(k), zero, factors, sizes, noise)
-        assert (y[:, :6] == 1).all()
-        assert (y[:, 6:] == 0).all()
-        for tau in (0.1, 1.0, 10.0):
-            _, made = only.backward(torch.ones(1, 14), torch.ones(1, k), zero, factors, sizes, noise, torch.tensor(tau))
-            assert all(g[: 12 if g.ndim == 2 else 6].isfinite().all() for g in made)
-
-
 # ---- bits ----------------------------------------------------------------------------------------------------------
 
 
@@ -241,37 +118,6 @@ def test_instruction_sets_agree(dtype, r, s):
         assert_close(made[0][:9], [t.double() for t in other[:9]], dtype)
 
 
-@pytest.mark.parametrize("kind", ["transposed", "gaps", "offset"])
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_strides_change_no_bit(only, dtype, kind):
-    sizes = (7, 66)
-    plain = problem(5, 40, sizes, 3, 5, dtype)
-
-    def moved(t):
-        if kind != "offset":
-            return strided(t, kind)
-        room = torch.full((t.numel() + 1,), torch.nan, dtype=t.dtype)
-        room[1:] = t.flatten()
-        return room[1:].view(t.shape)
-
-    other = tuple(moved(t) if t.ndim > 1 or kind == "offset" else t for t in plain)
-    past = plain[2].float()
-    assert same(cases.run(only, *plain, sizes, past=past), cases.run(only, *other, sizes, past=moved(past)))
-    folds = (plain[2].clone(), past.clone()), (moved(plain[2]), moved(past))
-    for weight, master in folds:
-        only.fold_(weight, Factors(*plain[3:]), sizes, None)
-        only.fold_(weight, Factors(*plain[3:]), sizes, master)
-    assert same(*folds)
-
-
-def test_expanded_arguments(only):
-    """`y.sum().backward()` hands over a gradient with strides of 0; x may be one row for all."""
-    grad, x, *rest = problem(5, 40, (7, 66), 3, 5, torch.float32)
-    ones, row = torch.ones(()).expand(grad.shape), x[:1].expand(5, 40)
-    made = [cases.run(only, *pair, *rest, (7, 66)) for pair in ((ones, row), (ones.contiguous(), row.contiguous()))]
-    assert same(*made)
-
-
 @pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.long)])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_repeats_change_no_bit(only, dtype, count):
@@ -283,24 +129,6 @@ def test_repeats_change_no_bit(only, dtype, count):
         assert all(same(first, everything(only, arguments, sizes)) for _ in range(count))
     finally:
         torch.set_num_threads(before)
-
-
-def test_every_element_is_written(only, monkeypatch):
-    """Results that start as NaN end without one."""
-    arguments = problem(5, 40, (7, 70, 0), 3, 5, torch.float16)
-    expected = everything(only, arguments, (7, 70, 0))
-    plain = torch.empty, torch.Tensor.new_empty
-
-    def poisoned(make):
-        def made(*arguments, **options):
-            buffer = make(*arguments, **options)
-            return buffer.fill_(torch.nan) if buffer.is_floating_point() else buffer
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", poisoned(plain[0]))
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(plain[1]))
-    assert same(everything(only, arguments, (7, 70, 0)), expected)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)

@@ -10,138 +10,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import cases
-from cases import CLOSE, DEVICE, NAMES, NOISE, assert_close, problem, specified, strided
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from cases import CLOSE, DEVICE, NOISE, drawn
 
 import stamina_fast as sf
 from stamina_fast.ops import functional, reference
-from stamina_fast.ops.backend import Factors, PenaltyGradients
-from stamina_fast.ops.triton import Triton
 
 SIZES = (7, 66, 0, 3)
 LETTERS = ("a", "b", "p", "q", "gate_bias")
 # reference alone where float64 would be asked of a GPU
 BACKENDS = [("reference", torch.float64), ("reference", torch.float32), ("triton", torch.float32), ("triton", torch.float16)]
 BACKENDS += [("cpu", dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)]
-
-
-# a test of the tests puts another here
-BACKEND = Triton()
-
-
-def run(*arguments, **options):
-    return cases.run(BACKEND, *arguments, **options)
-
-
-def drawn(shape, dtype=torch.float32, **options):
-    """`problem` of tokens, k, sizes, r and s, and a past of its own."""
-    arguments = problem(*shape, dtype, **options)
-    generator = torch.Generator().manual_seed(5)
-    past = torch.randn(sum(shape[2]), shape[1], generator=generator, dtype=torch.float64)
-    return arguments, past.to(DEVICE, reference.compute_dtype(dtype))
-
-
-# ---- the kernels ---------------------------------------------------------------------------------------------------
-
-
-SHAPES = [
-    # tokens, k, sizes, r, s, dtype: odd everything, no tokens, a second span, ranks over one dot's
-    (1, 1, (1,), 1, 1, torch.float32),
-    (5, 40, SIZES, 3, 5, torch.float16),
-    (0, 40, SIZES, 3, 5, torch.float32),
-    (3, 259, (2, 5), 2, 1, torch.float32),
-    (2, 33, (3, 65), 17, 80, torch.float32),
-]
-
-
-@pytest.mark.parametrize(("shape", "dtype"), [(shape[:5], shape[5]) for shape in SHAPES], ids=str)
-def test_kernels_equal_the_specification(shape, dtype):
-    arguments, past = drawn(shape, dtype)
-    assert_close(run(*arguments, shape[2], past=past), specified(*arguments, shape[2], past=past), dtype)
-
-
-@pytest.mark.parametrize("variant", ["no gate", "no bias", "no noise", "tau 1", "half past", "transposed", "gaps"])
-def test_variants(variant):
-    arguments, past = drawn((3, 40, SIZES, 3, 5), gate=variant != "no gate", bias=variant != "no bias")
-    options = {"noise": None if variant == "no noise" else NOISE, "tau": 1.0 if variant == "tau 1" else 0.7}
-    past = past.half() if variant == "half past" else strided(past, variant) if variant in ("transposed", "gaps") else past
-    got = run(*arguments, SIZES, past=past, **options)
-    assert_close(got, specified(*arguments, SIZES, past=past, **options), torch.float32)
-
-
-@pytest.mark.parametrize("kind", ["sparsity", "forgetting"])
-@pytest.mark.parametrize("tau", [0.7, 1.0])
-def test_one_penalty_without_the_other(kind, tau):
-    """No tokens either: the penalty is all there is in the gradients."""
-    (grad, x, weight, *rest), past = drawn((0, 40, (7, 3), 3, 5))
-    options = {"d_sparsity": 2.0} if kind == "sparsity" else {"past": past, "d_forgetting": 0.3}
-    here = {name: value if name == "past" else torch.tensor(value, device=DEVICE) for name, value in options.items()}
-    tau_here, noise = torch.tensor(tau, device=DEVICE), NOISE.on(DEVICE)
-    _, got = BACKEND.backward(grad, x, weight, Factors(*rest), (7, 3), noise, tau_here, penalties=PenaltyGradients(**here))
-    exact = [t.double() for t in (grad, x, weight, *rest)]
-    options = {name: value.double() if name == "past" else value for name, value in options.items()}
-    wanted = reference.masked_linear_backward(*exact, sizes=(7, 3), noise=NOISE, tau=tau, **options)[1:]
-    assert_close(got, wanted, torch.float32, NAMES[2:7])
-    assert bool(got[0].any()) == (kind == "forgetting")
-
-
-def test_forgetting_counts_the_open_entries_of_the_forward():
-    """S = 1 and A B = 1 make it the size of the mask, which is exact: the bits of the mask are the forward's."""
-    sizes, k = (33, 70), 70
-    *_, p, q, gate_bias = problem(1, k, sizes, 1, 4, torch.float16)
-    a, b = torch.ones(103, 1, device=DEVICE), torch.ones(2, 1, k, device=DEVICE)
-    factors, ones = Factors(a, b, p, q, gate_bias), torch.ones(103, k, device=DEVICE)
-    eye, zero = (make(*size, dtype=torch.float16, device=DEVICE) for make, size in ((torch.eye, (k,)), (torch.zeros, (103, k))))
-    mask, _, forgetting = BACKEND.forward_penalties(eye, zero, factors, sizes, NOISE.on(DEVICE), ones)
-    assert forgetting == mask.double().sum()
-    assert 0.3 < forgetting / mask.numel() < 0.7
-
-
-@pytest.mark.filterwarnings("ignore:overflow encountered")
-def test_extreme_logits():
-    """sigmoid is 0 or 1 there, and flat."""
-    size = torch.tensor([1e4, 3e38, 200.0])
-    bias = torch.cat([size, -size]).to(DEVICE)
-    sizes, k = (2,) * 6, 40
-    grad, x, weight, a, b, p, q, _ = problem(0, k, sizes, 1, 1, torch.float32)
-    residual = Factors(a, b, 0 * p, q, bias), sizes, NOISE.on(DEVICE)
-    _, sparsity, _ = BACKEND.forward_penalties(x, weight, *residual, None)
-    assert sparsity == 0.5
-    one = torch.ones((), device=DEVICE)
-    _, gradients = BACKEND.backward(grad, x, weight, *residual, one, penalties=PenaltyGradients(None, one, None))
-    for got in gradients[2:]:
-        assert (got.abs() < 1e-28).all()
-
-
-def test_every_sum_is_written_and_nothing_large_is_made(monkeypatch):
-    """Buffers that start as NaN end without one; none is of the weight's size."""
-    shape = (2, 64, (50, 30), 1, 1)
-    arguments, past = drawn(shape)
-    expected = run(*arguments, shape[2], past=past)
-    plain, given = torch.empty, {t.data_ptr() for t in (*arguments, past)}
-
-    def poisoned(*sizes, **options):
-        buffer = plain(*sizes, **options)
-        return buffer.fill_(float("nan")) if buffer.is_floating_point() else buffer
-
-    class Largest(TorchDispatchMode):
-        numel = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            out = function(*args, **(kwargs or {}))
-            made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor) and t.data_ptr() not in given]
-            self.numel = max([self.numel, *(t.untyped_storage().nbytes() // t.element_size() for t in made)])
-            return out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-    with Largest() as largest:
-        got = run(*arguments, shape[2], past=past)
-    assert all(torch.equal(one, two) for one, two in zip(got, expected, strict=True))
-    assert 2 * 80 <= largest.numel < 80 * 64 / 4
-
-
-# ---- the operators -------------------------------------------------------------------------------------------------
 
 
 def leaves_of(arguments, dtype=None):

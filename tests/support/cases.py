@@ -82,6 +82,14 @@ def problem(tokens, k, sizes, r, s, dtype, gate=True, bias=True, seed=0):
     return grad, x, weight, a, b, p, q, draw(len(sizes)) if gate and bias else None
 
 
+def drawn(shape, dtype=torch.float32, **options):
+    """`problem` of tokens, k, sizes, r and s, and a past of its own."""
+    arguments = problem(*shape, dtype, **options)
+    generator = torch.Generator().manual_seed(5)
+    past = torch.randn(sum(shape[2]), shape[1], generator=generator, dtype=torch.float64)
+    return arguments, past.to(DEVICE, reference.compute_dtype(dtype))
+
+
 def prepared(p, noise):
     """The noise as a backend takes it."""
     return None if p is None or noise is None else noise.on(DEVICE)
