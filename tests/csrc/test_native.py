@@ -46,9 +46,11 @@ def operator(folder, sets, *flags, compiler=GXX):
 
 
 @needs_compiler
+@pytest.mark.long
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", ["generic", *(pytest.param(n, marks=pytest.mark.long) for n in FLAGS if n != "generic")])
+@pytest.mark.parametrize("name", FLAGS)
 def test_operator_on_odd_shapes(tmp_path, name):
+    """Every run has the same program without the sanitizers, in test_planted_native.py."""
     if name != "generic" and not is_x86():
         pytest.skip("not this compiler's processor")
     passed(operator(tmp_path, [name], *SANITIZE), name)

@@ -3,6 +3,7 @@
 What it shares with every backend is in test_backends.py.
 """
 
+from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 
@@ -43,22 +44,20 @@ def only(request):
 # ---- values --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("zero_weight", [False, True], ids=["W", "W=0"])
-@pytest.mark.parametrize("noise", [None, NOISE], ids=["plain", "noise"])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("k", [320, 768])
-def test_error_is_at_most_that_of_the_eager_code(only, k, dtype, noise, zero_weight):
+def test_error_is_at_most_that_of_the_eager_code(only, dtype):
+    """In two spans and in three, beside W and without it, where the residual's own error shows."""
     sizes = (64, 128)
-    x, weight, factors = cases.case(dtype, 192, k, sizes, 16, 8, tokens=(77,))
-    if zero_weight:
-        weight = torch.zeros_like(weight)
-    y = only.forward(x, weight, Factors(**factors), sizes, cases.prepared(factors["p"], noise))
-    exact = {name: t.double() for name, t in factors.items()}
-    truth = reference.masked_linear(x.double(), weight.double(), **exact, sizes=sizes, noise=noise)
-    plain = eager(x, weight, **factors, sizes=sizes, noise=noise)
-    assert relative(y, truth) <= 1.05 * relative(plain, truth)
-    ulp = torch.finfo(dtype).eps * truth.abs()
-    assert ((y.double() - truth).abs() - ulp).max() <= 2 * (plain.double() - truth).abs().max()
+    for k, share in ((320, 1), (320, 0), (768, 1), (768, 0)):
+        x, weight, factors = cases.case(dtype, 192, k, sizes, 16, 8, tokens=(77,))
+        weight *= share
+        y = only.forward(x, weight, Factors(**factors), sizes, NOISE.on("cpu"))
+        exact = {name: t.double() for name, t in factors.items()}
+        truth = reference.masked_linear(x.double(), weight.double(), **exact, sizes=sizes, noise=NOISE)
+        plain = eager(x, weight, **factors, sizes=sizes, noise=NOISE)
+        assert relative(y, truth) <= 1.05 * relative(plain, truth)
+        ulp = torch.finfo(dtype).eps * truth.abs()
+        assert ((y.double() - truth).abs() - ulp).max() <= 2 * (plain.double() - truth).abs().max()
 
 
 def test_a_small_sum_keeps_the_digits_of_its_terms(only):
@@ -87,18 +86,24 @@ def test_sums_over_a_whole_projection(only, signs):
 # ---- bits ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_threads_change_no_bit(only, dtype):
-    sizes = (300, 0, 270)
-    arguments, made = problem(33, 140, sizes, 5, 3, dtype), []
+@contextmanager
+def threads_of(count):
     before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            made.append(everything(only, arguments, sizes))
+        yield
     finally:
         torch.set_num_threads(before)
-    assert all(same(made[0], other) for other in made[1:])
+
+
+def test_threads_change_no_bit(only):
+    sizes = (300, 0, 270)
+    for dtype in DTYPES:
+        arguments, made = problem(33, 140, sizes, 5, 3, dtype), []
+        for count in (1, 2, 3, 5):
+            with threads_of(count):
+                made.append(everything(only, arguments, sizes))
+        assert all(same(made[0], other) for other in made[1:])
 
 
 @pytest.mark.parametrize(("r", "s"), [(5, 3), (67, 130)])
@@ -119,23 +124,21 @@ def test_instruction_sets_agree(dtype, r, s):
 
 
 @pytest.mark.parametrize("count", [20, pytest.param(1000, marks=pytest.mark.long)])
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_repeats_change_no_bit(only, dtype, count):
+def test_repeats_on_threads_change_no_bit(only, count):
     sizes = (40, 33)
-    arguments, before = problem(9, 70, sizes, 3, 2, dtype), torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
+    arguments = problem(9, 70, sizes, 3, 2, torch.bfloat16)
+    with threads_of(3):
         first = everything(only, arguments, sizes)
         assert all(same(first, everything(only, arguments, sizes)) for _ in range(count))
-    finally:
-        torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_nothing_of_the_weights_size_is_made(only, dtype):
-    """The most that torch's allocator gives at any one time, to C++ too, in forward, backward with penalties and fold."""
+def test_cpp_makes_nothing_of_the_weights_size(only):
+    """The most that torch's allocator gives at any one time, in forward, backward with penalties and fold.
+
+    In bf16, where what the C++ code takes for itself is wider than the arguments.
+    """
     sizes, k = (2048, 1024, 1024), 1024
-    arguments = problem(4, k, sizes, 2, 2, dtype)
+    arguments = problem(4, k, sizes, 2, 2, torch.bfloat16)
     past = torch.ones(4096, k)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         cases.run(only, *arguments, sizes, past=past)
@@ -203,12 +206,12 @@ def test_other_dtypes_of_factors_and_past(backend):
 # ---- the choice ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_it_is_the_default_on_a_cpu(dtype):
-    x, weight, factors = cases.case(dtype)
-    before = sf.launches().get("masked_linear/cpu", 0)
-    sf.masked_linear(x, weight, **factors, sizes=cases.SIZES)
-    assert sf.launches()["masked_linear/cpu"] == before + 1
+def test_it_is_the_default_on_a_cpu():
+    for dtype in DTYPES:
+        x, weight, factors = cases.case(dtype)
+        before = sf.launches().get("masked_linear/cpu", 0)
+        sf.masked_linear(x, weight, **factors, sizes=cases.SIZES)
+        assert sf.launches()["masked_linear/cpu"] == before + 1
     available, reason = sf.backends()["cpu"]
     assert available
     assert reason.endswith("generic")

@@ -18,8 +18,12 @@ from stamina_fast.ops import functional, reference
 SIZES = (7, 66, 0, 3)
 LETTERS = ("a", "b", "p", "q", "gate_bias")
 # reference alone where float64 would be asked of a GPU
-BACKENDS = [("reference", torch.float64), ("reference", torch.float32), ("triton", torch.float32), ("triton", torch.float16)]
-BACKENDS += [("cpu", dtype) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)]
+DTYPES = {"reference": ("float64", "float32"), "triton": ("float32", "float16"),
+          "cpu": ("float64", "float32", "float16", "bfloat16")}  # fmt: skip
+# each dtype once with everything; each backend once without noise, and once for each result alone
+CASES = [(name, getattr(torch, dtype), NOISE, 0.6, "all") for name, dtypes in DTYPES.items() for dtype in dtypes]
+CASES += [(name, torch.float32, None, 1.0, "all") for name in DTYPES]
+CASES += [(name, torch.float32, NOISE, 1.0, which) for name in DTYPES for which in ("y", "sparsity", "forgetting")]
 
 
 def leaves_of(arguments, dtype=None):
@@ -38,9 +42,7 @@ def total(y, sparsity, forgetting, grad, which):
     return sum(terms.values()) if which == "all" else terms[which]
 
 
-@pytest.mark.parametrize("which", ["all", "y", "sparsity", "forgetting"])
-@pytest.mark.parametrize(("noise", "tau"), [(None, 1.0), (NOISE, 1.0), (NOISE, 0.6)], ids=["plain", "noise", "tau"])
-@pytest.mark.parametrize(("backend", "dtype"), BACKENDS, ids=str)
+@pytest.mark.parametrize(("backend", "dtype", "noise", "tau", "which"), CASES)
 def test_gradients_are_those_of_the_specification(backend, dtype, noise, tau, which):
     cases.need(backend, DEVICE)
     arguments, past = drawn((4, 40, (7, 0, 9), 3, 2), dtype)
