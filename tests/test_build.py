@@ -108,14 +108,17 @@ def test_without_a_compiler_it_is_plain_python_and_says_so(bare):
     assert backends["cuda"] == [False, "the CUDA part is missing; reinstall where nvcc is found (README, Install)"]
     assert NO_COMPILER in doctor
     assert "masked_linear on this machine runs on: reference" in doctor
-    passed, said = bare.passes("test_reference.py", "test_cpu.py", "test_native.py")
+    passed, said = bare.passes("ops/test_reference.py", "ops/test_cpu.py", "csrc/test_native.py")
     assert passed > 10
     # of the compiled part, every test is skipped with the reason
     assert re.search(rf"SKIPPED \[\d+\] tests/ops/test_cpu.py.*{re.escape(NO_COMPILER)}", said)
     assert re.search(r"SKIPPED \[\d+\] tests/csrc/test_native.py.*no g\+\+ on PATH", said)
 
 
-REAL = ("test_operators.py", "test_reference.py", "test_attach.py", "test_stack.py", "test_fold.py", "train/test_step.py")
+REAL = (
+    "ops/test_operators.py", "ops/test_reference.py", "ops/test_fold.py", "adapter/test_attach.py", "adapter/test_stack.py",
+    "training/test_step.py",
+)
 
 
 @pytest.mark.long
@@ -138,5 +141,5 @@ def test_without_nvcc_the_cpu_part_is_compiled_and_the_tests_pass(tmp_path):
     assert [path.name for path in machine.packages.glob("stamina_fast/*.so")] == ["_C_cpu.so"]
     assert "masked_linear on this machine runs on: cpu" in doctor
     assert "reinstall where nvcc is found" in doctor
-    passed, _ = machine.passes(*REAL, "test_cpu.py")
+    passed, _ = machine.passes(*REAL, "ops/test_cpu.py")
     assert passed > 200
