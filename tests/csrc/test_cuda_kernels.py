@@ -7,6 +7,7 @@ stamina_fast/ops/cuda.py. It cannot prove that a GPU's instructions do what the 
 import ctypes
 from contextlib import contextmanager
 
+import checks
 import pytest
 import torch
 from cases import NAMES, NOISE, assert_close, masks, prepared, problem, run, specified, strided
@@ -100,15 +101,26 @@ def test_the_layout_is_that_of_the_stream_and_of_python(emulated):
     assert sorted(packings) == list(range(7))
 
 
-def test_without_a_gate_and_without_a_bias(emulated):
-    check(problem(*RAGGED, torch.bfloat16, gate=False), RAGGED[2])
-    check(problem(*RAGGED, torch.bfloat16, bias=False), RAGGED[2])
+SHARED = {
+    "no gate": lambda dtype: checks.variant(CUDA, "no gate", dtype, True),
+    "no bias": lambda dtype: checks.variant(CUDA, "no bias", dtype, True),
+    "no tokens": lambda dtype: checks.equals_the_specification(CUDA, checks.EMPTY["no tokens"], dtype, True),
+    "rank 0": lambda dtype: checks.equals_the_specification(CUDA, checks.EMPTY["rank 0"], dtype, True),
+    "transposed": lambda dtype: checks.strides(CUDA, "transposed", dtype),
+    "gaps": lambda dtype: checks.strides(CUDA, "gaps", dtype),
+    "offset": lambda dtype: checks.strides(CUDA, "offset", dtype),
+    "small integers": lambda dtype: checks.small_integers_are_exact(CUDA, dtype),
+    "fold alone": lambda dtype: checks.fold(CUDA, dtype, False),
+    "fold into a master": lambda dtype: checks.fold(CUDA, dtype, True),
+    "rebuild": lambda dtype: checks.rebuild(CUDA, dtype),
+    "written": lambda dtype: checks.every_element_is_written(CUDA, dtype),
+}
 
 
-@pytest.mark.parametrize("kind", ["transposed", "gaps"])
-def test_any_strides(emulated, kind):
-    arguments = [strided(t, kind) if n < 3 else t for n, t in enumerate(problem(*RAGGED, torch.float16))]
-    check(arguments, RAGGED[2])
+@pytest.mark.parametrize("check", SHARED)
+def test_what_every_backend_promises(emulated, check):
+    for dtype in DTYPES:
+        SHARED[check](dtype)
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 81, 129])
@@ -173,10 +185,3 @@ def test_one_mask_everywhere(emulated, noise, dtype, step):
             for mask in masks(CUDA, sizes, k, p, q, gate_bias, noise, dtype):
                 assert torch.equal(mask, wanted)
     assert 0.2 < wanted.mean() < 0.8
-
-
-def test_without_tokens_only_the_penalties_pull(emulated):
-    grad, x, weight, *factors = problem(*RAGGED, torch.bfloat16)
-    past = weight.float()
-    arguments = (grad[:0], x[:0], weight, *factors)
-    check(arguments, RAGGED[2], past=past)
