@@ -141,5 +141,5 @@ def test_without_nvcc_the_cpu_part_is_compiled_and_the_tests_pass(tmp_path):
     assert [path.name for path in machine.packages.glob("stamina_fast/*.so")] == ["_C_cpu.so"]
     assert "masked_linear on this machine runs on: cpu" in doctor
     assert "reinstall where nvcc is found" in doctor
-    passed, _ = machine.passes(*REAL, "ops/test_cpu.py")
+    passed, _ = machine.passes(*REAL, "ops/test_cpu.py", "ops/test_backends.py")
     assert passed > 200
