@@ -103,6 +103,9 @@ class Run:
     def __init__(self, path: Path, config: dict[str, Any]):
         self.path, self.config = path, config
 
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
     @classmethod
     def create(cls, path: Path, config: dict[str, Any], resume: bool = False) -> Run:
         """A new run in a folder that does not exist or is empty.

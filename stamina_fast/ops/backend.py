@@ -44,7 +44,8 @@ class Backend(ABC):
 
     Arguments come checked, on one device: x [T, k], grad [T, N] and weight [N, k] share a floating dtype and have any strides.
     `sizes` are the rows of each projection, in order. `noise` holds 0-dim int64 tensors on the device; None is the
-    deterministic gate, and the only choice without p. Sums are fp32 (fp64 for fp64).
+    deterministic gate, and the only choice without p. A, B, P and Q are rounded to the weight's dtype first. Sums are fp32
+    (fp64 for fp64).
     """
 
     name: ClassVar[str]
@@ -82,7 +83,8 @@ class Backend(ABC):
     ) -> tuple[Tensor | None, Factors]:  # fmt: skip
         """(dX [T, k], the gradients of the factors), as `reference.masked_linear_backward` writes them out.
 
-        A gradient is None, or anything at all, where it is not needed. tau: 0-dim, on the device.
+        Each has the shape of its input, and the dtype of its input or of sums. Where it is not needed it may be None, or
+        anything at all. tau: 0-dim, on the device.
         """
 
     def fold_(self, weight: Tensor, factors: Factors, sizes: tuple[int, ...], master: Tensor | None) -> None:
@@ -95,5 +97,6 @@ class Backend(ABC):
     ) -> None:
         """weight = before + Σ_t [P_t Q_t + c_t > 0] ⊙ (A_t B_t), summed in this order, kept in `master`, rounded once.
 
-        `before` is of the weight's dtype or of the master's, and may be either of them.
+        `before` is of the weight's dtype or of the master's, and may be either of them. With a master, weight = round(master).
+        An entry outside the mask keeps its bits, also those of -0.0.
         """
