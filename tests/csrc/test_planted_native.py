@@ -62,7 +62,7 @@ OPERATOR = {
     "dA and dB take every entry of dW": ("backward.h", "store(room.d_weight + at, masked<MODE>(d, product, bias, u))",
                                          "store(room.d_weight + at, d)"),
     "dL takes only the open entries": ("backward.h", "(d * residual) * slope", "(d * delta) * slope"),
-    "dc keeps the last vector alone": ("backward.h", "sum = sum + d_logits", "sum = d_logits"),
+    "dc keeps the last vector alone": ("backward.h", "sum.add(d_logits);", "sum.sum = d_logits;"),
     "c is pulled by columns that are not there": ("backward.h", "load(room.exists + c, F()), soft", "F(1.0f), soft"),
     "dx leaves the last row out": ("backward.h", "vectors, rows.rows, {room.grad, BACKWARD_ROWS, 1}",
                                    "vectors, rows.rows - 1, {room.grad, BACKWARD_ROWS, 1}"),
