@@ -86,7 +86,15 @@ class Adapters:
         kinds: dict[tuple, dict[str, nn.Linear]] = {}
         for name, slot in slots.items():
             kinds.setdefault((slot.weight.shape[1], slot.weight.dtype, slot.weight.device), {})[name] = slot
-        self.stacks = nn.ModuleList(Stack(group, config, self._control, i) for i, group in enumerate(kinds.values()))
+        self.stacks = nn.ModuleList()
+        try:
+            for i, group in enumerate(kinds.values()):
+                self.stacks.append(Stack(group, config, self._control, i))
+        except BaseException:
+            for stack in self.stacks:
+                stack.release()
+            unfreeze(self._flags)
+            raise
         self._hook = TextHook(unet, self.stacks)
         if hasattr(unet, "save_pretrained"):
             unet.save_pretrained = self._guarded(unet.save_pretrained)

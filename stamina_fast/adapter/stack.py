@@ -94,10 +94,12 @@ class Stack(nn.Module):
             self.mask = masks.LearnedMask(self.sizes, k, config, device, dtype, number)
         elif config.mask == "random-low-rank":
             self.mask = masks.RandomMask(self.sizes, k, config, device, dtype, self.base.dtype)
+        # whatever may run out of memory comes before the modules change
+        weight = self.base.clone()
         for index, slot in enumerate(self.slots):
             slot.__class__ = StackedLinear
             slot.place = (self, index)
-        self._tie(self.base.clone())
+        self._tie(weight)
 
     def release(self) -> None:
         """Make the projections plain modules again, each weight in memory of its own, with the bits that it has now."""

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from .backend import NO_PENALTIES, Backend, Factors, PenaltyGradients
-from .noise import GateNoise
+from .noise import GateNoise, seed_and_step
 from .reference import compute_dtype
 
 _STACK = "Tensor a, Tensor b, Tensor? p, Tensor? q, Tensor? gate_bias, int[] sizes, Tensor? seed, Tensor? step"
@@ -97,8 +97,7 @@ def _past(past: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 def _stack(factors: Factors, sizes: tuple[int, ...], noise: GateNoise | None, dtype: torch.dtype) -> tuple:
     """The arguments of the library that say what the residual is."""
-    seed, step = (None, None) if noise is None else (noise.seed, noise.step)
-    return *_rounded(factors, dtype), sizes, seed, step
+    return *_rounded(factors, dtype), sizes, *seed_and_step(noise)
 
 
 class Cpu(Backend):

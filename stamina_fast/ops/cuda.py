@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..kernels.tables import row_tiles, tile_chunks, tile_ranges
 from .backend import NO_PENALTIES, Backend, Factors, PenaltyGradients
-from .noise import GateNoise
+from .noise import GateNoise, seed_and_step
 
 _STACK = "Tensor[] packed, Tensor bias, Tensor tiles, Tensor? seed, Tensor? step"
 _library = torch.library.Library("stamina_fast", "FRAGMENT")
@@ -190,10 +190,6 @@ def _bias(factors: Factors) -> Tensor:
     return torch.full((len(factors.b),), float(factors.p is None), device=factors.b.device)
 
 
-def _seed_and_step(noise: GateNoise | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if noise is None else (noise.seed, noise.step)
-
-
 def _in_fp32(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.detach().to(torch.float32)
 
@@ -232,7 +228,7 @@ class Cuda(Backend):
             packer = _Packer(x.dtype, sizes, x.device)
             packed, tokens = packer.factors(factors, packer.layout.right_plain), packer.tokens(x)
             packer.launch()
-            stack = packed, _bias(factors), packer.tiles, *_seed_and_step(noise)
+            stack = packed, _bias(factors), packer.tiles, *seed_and_step(noise)
             torch.ops.stamina_fast.cuda_forward(tokens, weight, *stack, y)
         return y
 
@@ -247,7 +243,7 @@ class Cuda(Backend):
             return y, torch.zeros((), device=a.device), torch.zeros((), device=a.device)
         with _on_device(a):
             packer = _Packer(x.dtype, sizes, a.device)
-            stack = packer.factors(factors), _bias(factors), packer.tiles, rows, k, *_seed_and_step(noise)
+            stack = packer.factors(factors), _bias(factors), packer.tiles, rows, k, *seed_and_step(noise)
             packer.launch()
             sums = torch.empty((len(packer.tiles), _ceil(k, packer.layout.span), 2), device=a.device)
             torch.ops.stamina_fast.cuda_penalties(*stack, _in_fp32(past), sums)
@@ -295,7 +291,7 @@ def _input_gradient(packer: _Packer, stack: tuple, noise: GateNoise | None, grad
     blocks = packed.shape[2] // packer.layout.token_tiles * _ceil(k, packer.layout.span)
     tiles_a_split = _ceil(tiles, max(1, BLOCKS // blocks))
     partial = torch.empty((_ceil(tiles, tiles_a_split), tokens, k), device=x.device)
-    torch.ops.stamina_fast.cuda_input(packed, weight, *stack, *_seed_and_step(noise), partial, tiles_a_split)
+    torch.ops.stamina_fast.cuda_input(packed, weight, *stack, *seed_and_step(noise), partial, tiles_a_split)
     return _sum(partial, (tokens, k), x.dtype)
 
 
@@ -321,7 +317,7 @@ def _factor_gradients(
     parts = [torch.empty(shape, device=x.device) for shape in shapes]
     past, d_sparsity, d_forgetting = map(_in_fp32, penalties)
     pull = past if d_forgetting is not None else None, d_sparsity if gate else None, d_forgetting if past is not None else None
-    torch.ops.stamina_fast.cuda_factors(operands, *stack, chunks, *_seed_and_step(noise), _in_fp32(tau), *pull, parts)
+    torch.ops.stamina_fast.cuda_factors(operands, *stack, chunks, *seed_and_step(noise), _in_fp32(tau), *pull, parts)
     of_a, of_b, of_p, of_q, of_bias = parts
     d_a, d_b = _sum(of_a, (rows, r)), _sum(of_b, (groups, r, k), ranges=ranges)
     if not gate:

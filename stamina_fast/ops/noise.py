@@ -68,6 +68,11 @@ class GateNoise:
         )
 
 
+def seed_and_step(noise: GateNoise | None) -> tuple[Tensor | None, Tensor | None]:
+    """What the compiled operators take of noise that is `on` a device; None for the deterministic gate."""
+    return (None, None) if noise is None else (noise.seed, noise.step)
+
+
 def _high(a: Tensor, m: int) -> Tensor:
     """The upper 32 bits of a * m for 32-bit values held in int64, where the full product would overflow the sign."""
     low = (a & 0xFFFF) * m

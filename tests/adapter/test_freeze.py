@@ -8,7 +8,10 @@ import torch
 from unets import SMALL, attached, bits, inputs, same_bits, train_, unet
 
 import stamina_fast as sf
+from stamina_fast.adapter import attach
+from stamina_fast.adapter.stack import Stack
 from stamina_fast.pipeline.load import frozen, modules_of
+from stamina_fast.pipeline.projections import find_projections
 
 
 def flags(modules) -> dict[str, bool]:
@@ -53,6 +56,31 @@ def test_a_frozen_u_net_stays_frozen():
     model = unet().requires_grad_(False)
     sf.attach(model, SMALL).detach()
     assert not any(flags([model]).values())
+
+
+def test_an_attach_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    """With projections of two widths, the second stack runs out of memory."""
+    model = unet(cross_attention_dim=(32, 16))
+    mix(model)
+    before, weights = flags([model]), bits(model)
+    made = []
+
+    class Failing(Stack):
+        def __init__(self, *arguments):
+            if made:
+                raise torch.OutOfMemoryError("no memory")
+            super().__init__(*arguments)
+            made.append(self)
+
+    monkeypatch.setattr(attach, "Stack", Failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        sf.attach(model, SMALL)
+    assert made
+    assert flags([model]) == before
+    assert same_bits(bits(model), weights)
+    assert {type(slot) for slot in find_projections(model).values()} == {torch.nn.Linear}
+    monkeypatch.undo()
+    sf.attach(model, SMALL).detach()
 
 
 @pytest.mark.parametrize("kind", tinypipes.KINDS)

@@ -185,3 +185,7 @@ def test_one_mask_everywhere(emulated, noise, dtype, step):
             for mask in masks(CUDA, sizes, k, p, q, gate_bias, noise, dtype):
                 assert torch.equal(mask, wanted)
     assert 0.2 < wanted.mean() < 0.8
+
+
+def test_results_share_no_memory(emulated):
+    checks.results_share_no_memory(CUDA)

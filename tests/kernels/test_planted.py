@@ -119,7 +119,6 @@ CHECKS_OF_PENALTIES = (
 )
 
 
-@pytest.mark.long
 def test_an_unchanged_copy_passes(copy):  # noqa: F811
     backend = copy("philox", "SPAN", "SPAN")
     for check in (*CHECKS, *CHECKS_OF_PENALTIES):

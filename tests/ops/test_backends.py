@@ -142,6 +142,10 @@ def test_repeats_are_bit_equal(backend, count):
         checks.repeats_are_bit_equal(backend, dtype, count)
 
 
+def test_results_share_no_memory(backend):
+    checks.results_share_no_memory(backend)
+
+
 @pytest.mark.parametrize("kind", ["sparsity", "forgetting"])
 def test_one_penalty_without_the_other(backend, kind):
     if isinstance(backend, Reference):

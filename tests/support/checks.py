@@ -287,6 +287,16 @@ def repeats_are_bit_equal(backend, dtype, count):
 # ---- the penalties -------------------------------------------------------------------------------------------------
 
 
+def results_share_no_memory(backend):
+    """torch refuses results of an operator that do, and c-lora's first task has neither a gate nor a past."""
+    for gate in (False, True):
+        (_, x, weight, *rest), past = drawn((3, 40, (7, 3), 3, 5), gate=gate)
+        x, weight = (t.to(torch.float16) for t in (x, weight))
+        for given in (None, past):
+            made = backend.forward_penalties(x, weight, Factors(*rest), (7, 3), NOISE.on(DEVICE) if gate else None, given)
+            assert len({result.untyped_storage().data_ptr() for result in made}) == 3
+
+
 def one_penalty_without_the_other(backend, kind, tau):
     """No tokens either: the penalty is all there is in the gradients."""
     (grad, x, weight, *rest), past = drawn((0, 40, (7, 3), 3, 5))
