@@ -78,12 +78,17 @@ Base = Annotated[str | None, typer.Option(help="The base model, if it is not whe
 def demo(
     output: Annotated[Path, typer.Option(help="The RUN folder to leave.")] = Path("runs/demo"),
     quick: Annotated[bool, typer.Option("--quick", help="Few steps: shows that everything works, not what it can do.")] = False,
+    photographs: Annotated[bool, typer.Option("--photographs", help="Photographs, of what the model cannot draw.")] = False,
+    seed: Seed = 0,
 ) -> None:
-    """Teach the small model that travels with the package several photographed subjects, one after another."""
-    from .demo import run_demo
+    """Teach the small model that travels with the package six identities, one after another, and show what it remembers."""
+    from .demo import run_demo, run_photographs
 
     quiet()
-    run_demo(output, quick)
+    if photographs:
+        run_photographs(output, quick)
+    else:
+        run_demo(output, quick, seed=seed)
 
 
 SEVERAL = "\n\n".join((

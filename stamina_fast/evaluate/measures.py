@@ -11,7 +11,7 @@ depends on no model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -44,19 +44,22 @@ def _concept(real, base, after, end, bandwidth: float, draws: int, seed: int) ->
 
 
 def measure(
-    real: Sequence[torch.Tensor], base: Sequence[torch.Tensor], samples: Sequence[Sequence[torch.Tensor]],
+    real: Sequence[torch.Tensor], base: Sequence[torch.Tensor], samples: Sequence[Mapping[int, torch.Tensor]],
     *, draws: int = 1000, seed: int = 0,
 ) -> dict:
     """All measures of N concepts. `real[j]`, `base[j]` and `samples[t][j]`, j <= t, are features `[n, d]`.
 
+    Needed are samples[j][j], just after task j, and samples[N-1][j], at the end; others only fill "matrix".
+
     Returns "A_mmd", "F_mmd" (None for a single concept), "P_mmd" (a list), "tasks" (a dict a concept: mmd_base, mmd_after,
     mmd_end, ratio_after, ratio_end, bandwidth, forgetting, and their intervals) and "matrix": MMD² to the real images, row t
-    after task t, column j of concept j, with None above the diagonal.
+    after task t, column j of concept j, with None where there are no samples.
     """
     count = len(real)
-    if not count or len(base) != count or [len(row) for row in samples] != list(range(1, count + 1)):
-        raise InputError(f"measure wants base[j] and samples[t][j <= t] for {count} concepts, got {len(base)} and rows of "
-                         f"{[len(row) for row in samples]}; sample every concept after every task")
+    whole = [t in row and set(row) <= set(range(t + 1)) for t, row in enumerate(samples)]
+    if not count or not len(base) == len(samples) == count or not all(whole) or len(samples[-1]) != count:
+        raise InputError(f"measure wants base[j], samples[j][j] and samples[-1][j] for {count} concepts, got {len(base)} and "
+                         f"rows of {[sorted(row) for row in samples]}; sample each concept after its task and at the end")
     widths = [median_distance(x) for x in real]
     tasks, end = [], samples[-1]
     for j, h in enumerate(widths):
@@ -69,5 +72,5 @@ def measure(
         "F_mmd": sum(drift) / len(drift) if drift else None,
         "P_mmd": [task["mmd_after"] for task in tasks],
         "tasks": tasks,
-        "matrix": [[mmd2(real[j], row[j], widths[j]) if j < len(row) else None for j in range(count)] for row in samples],
+        "matrix": [[mmd2(real[j], row[j], widths[j]) if j in row else None for j in range(count)] for row in samples],
     }

@@ -6,29 +6,30 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from ..errors import InputError
 from ..io.files import write_json
 from ..io.progress import Progress
 from ..io.run import Run, Task
 from ..pipeline.load import frozen, resolution_of
-from ..pipeline.sampling import sample, to_pil
 from ..reopen import attached, base_model
 from ..seeds import derive_seed
 from .features import encoder
 from .measures import BANDWIDTH_RULE, measure
 from .pictures import SHOWN, draw
 from .real import real_images
+from .samples import BASE, Samples, after
 
 
 def evaluate_run(
     run_path: str | Path, *, samples: int = 32, guidance: Sequence[float] = (1.0, 3.0), steps: int = 20,
     features: str = "layout", seed: int = 0, model=None, real: str | Path | None = None, device=None, progress: bool = True,
+    triangle: bool = True,
 ) -> dict:
-    """Measure what a run learned and forgot; write RUN/metrics.json, grids into its task folders, and RUN/plots.
+    """Measure what a run learned and forgot; write RUN/metrics.json, grids into its task folders, RUN/samples and RUN/plots.
 
     samples    how many pictures of concept j after every task t >= j, and from the base model; all from the same noise
+    triangle   False: pictures of concept j only after its own task and after the last, which every measure needs
     guidance   values to measure at. The first gives the top level of metrics.json, the last one's samples are shown
     steps      of the sampler
     seed       of the samples and of the bootstrap
@@ -51,17 +52,22 @@ def evaluate_run(
     phi = encoder(features, pipeline.unet.device)
     size = run.config["train"]["resolution"] or resolution_of(pipeline)
     pictures, kind = real_images(run, size, real)
-    how = {"count": samples, "seed": seed, "steps": steps, "size": size}
-    total = samples * len(guidance) * (len(tasks) + len(tasks) * (len(tasks) + 1) // 2)
+    kept = Samples(run.path, count=samples, seed=seed, steps=steps, size=size)
+    count = len(tasks)
+    rows = [columns(t, count, triangle) for t in range(count)]
+    total = samples * len(guidance) * (count + sum(map(len, rows)))
     with frozen(pipeline), attached(run, pipeline) as adapters, Progress("all samples", total, shown=progress) as shown:
-        drawn = Sampler(pipeline, adapters, run, tasks, guidance, phi, how, shown)
-        drawn.base()
-        weights = drawn.after_every_task()
+        sampler = Sampler(pipeline, adapters, run, tasks, guidance, kept, shown)
+        sampler.base()
+        weights = sampler.after_tasks(triangle)
         adapters.rewind([])
-    reals = [phi(images) for images in pictures]
-    by_guidance = {f"{g:g}": measure(reals, drawn.base_features[g], drawn.features[g], seed=seed) for g in guidance}
+    reals, by_guidance = [phi(images) for images in pictures], {}
+    for g in guidance:
+        base = [phi(kept.read(g, BASE, name)) for name in names]
+        found = [{j: phi(kept.read(g, after(t), names[j])) for j in row} for t, row in enumerate(rows)]
+        by_guidance[f"{g:g}"] = measure(reals, base, found, seed=seed)
     metrics = _metrics(tasks, by_guidance, weights) | {
-        "settings": how | {
+        "settings": kept.how | {
             "guidance": list(guidance), "features": features, "estimator": "unbiased MMD², Gaussian kernel",
             "bandwidth": BANDWIDTH_RULE, "intervals": "95% bootstrap, 1000 draws", "real_images": kind,
             "real_counts": [len(images) for images in pictures],
@@ -70,7 +76,10 @@ def evaluate_run(
                        "stored_per_task": sum(x.numel() for part in tasks[0][:2] for x in part.values())},
     }
     write_json(run.path / "metrics.json", metrics)
-    draw(run, metrics, tasks, pictures, drawn.shown)
+    stages = {"base": [BASE] * count, "after": [after(t) for t in range(count)], "end": [after(count - 1)] * count}
+    shown = {stage: [kept.read(guidance[-1], folder, name)[:SHOWN] for folder, name in zip(folders, names, strict=True)]
+             for stage, folders in stages.items()}
+    draw(run, metrics, tasks, pictures, shown)
     return metrics
 
 
@@ -86,63 +95,56 @@ def _metrics(tasks: Sequence[Task], by_guidance: dict[str, dict], weights: list[
 
 
 class Sampler:
-    """Samples every concept from the base and after every task. Keeps their features, and a few pictures to show.
+    """Draws every concept from the base and after tasks, into RUN/samples. `progress` counts the pictures."""
 
-    base_features[g][j] and features[g][t][j], j <= t, are at guidance g. shown[stage][j] are PIL pictures at the last
-    guidance, for the stages "base", "after" and "end".
-    """
-
-    def __init__(self, pipeline, adapters, run: Run, tasks: Sequence[Task], guidance, phi, how: dict, progress: Progress):
+    def __init__(self, pipeline, adapters, run: Run, tasks: Sequence[Task], guidance, samples: Samples, progress: Progress):
         self.pipeline, self.adapters, self.run, self.tasks = pipeline, adapters, run, tasks
-        self.guidance, self.phi, self.how = guidance, phi, how
-        self.base_features: dict[float, list[torch.Tensor]] = {g: [] for g in guidance}
-        self.features: dict[float, list[list[torch.Tensor]]] = {g: [] for g in guidance}
-        self.shown: dict[str, list[list[Image.Image]]] = {"base": [], "after": [], "end": []}
-        self.progress = progress
+        self.guidance, self.samples, self.progress = guidance, samples, progress
 
-    def _draw(self, j: int) -> tuple[dict[float, torch.Tensor], list[Image.Image]]:
-        """Concept j from the model as it is now: features at every guidance, and some pictures at the last one."""
-        found = {}
+    def _draw(self, stage: str, j: int) -> None:
+        """Concept j from the model as it is now."""
+        info = self.tasks[j].info
         for g in self.guidance:
-            images = to_pil(sample(self.pipeline, self.tasks[j].info["prompt"], guidance=g, **self.how))
-            found[g] = self.phi(images)
-            self.progress.advance(self.how["count"])
-        return found, images[:SHOWN]
+            self.samples.draw(self.pipeline, info["prompt"], g, stage, info["name"])
+            self.progress.advance(self.samples.how["count"])
 
     def base(self) -> None:
-        """Sample every concept from W_0 with its token not yet trained. Afterwards every token is as its task left it."""
+        """Draw every concept from W_0 with its token not yet trained. Afterwards every token is as its task left it."""
         tokens, seed = self.adapters.tokens, self.run.config["train"]["seed"]
-        self.progress.begin("base model", self.how["count"] * len(self.guidance) * len(self.tasks))
+        self.progress.begin("base model", self.samples.how["count"] * len(self.guidance) * len(self.tasks))
         for j, task in enumerate(self.tasks):
             tokens.begin(task.info["token"], derive_seed(derive_seed(seed, "task", j), "token"))
-            found, pictures = self._draw(j)
-            for g in self.guidance:
-                self.base_features[g].append(found[g])
-            self.shown["base"].append(pictures)
+            self._draw(BASE, j)
             tokens.discard()
             tokens.add(task.info["token"], task.token)
         self.progress.end()
 
-    def after_every_task(self) -> list[dict]:
-        """Rebuild the model after each task in turn and sample all concepts so far. Returns `weight_change` of each task."""
+    def after_tasks(self, triangle: bool) -> list[dict]:
+        """Rebuild the model after each task in turn and draw concepts. Returns `weight_change` of each task.
+
+        triangle: all concepts so far; otherwise only the task's own, and all of them at the end.
+        """
         names = [task.info["name"] for task in self.tasks]
         for name, task in zip(names, self.tasks, strict=True):
             self.adapters.add_task(name, task.factors)
         weights, before = [], [None] * len(self.adapters.stacks)
         for t, name in enumerate(names):
-            self.progress.begin(f"after {name}", self.how["count"] * len(self.guidance) * (t + 1))
+            drawn = columns(t, len(names), triangle)
+            self.progress.begin(f"after {name}", self.samples.how["count"] * len(self.guidance) * len(drawn))
             self.adapters.rewind(names[: t + 1])
             # copied, since the next rewind writes over them
             past = [stack.past().clone() for stack in self.adapters.stacks]
             weights.append(weight_change(past, before))
             before = past
-            rows = [self._draw(j) for j in range(t + 1)]
-            for g in self.guidance:
-                self.features[g].append([found[g] for found, _ in rows])
-            self.shown["after"].append(rows[-1][1])
+            for j in drawn:
+                self._draw(after(t), j)
             self.progress.end()
-        self.shown["end"] = [pictures for _, pictures in rows]
         return weights
+
+
+def columns(t: int, count: int, triangle: bool) -> list[int]:
+    """The concepts that are drawn after task t of `count`."""
+    return list(range(t + 1)) if triangle or t == count - 1 else [t]
 
 
 @torch.no_grad()

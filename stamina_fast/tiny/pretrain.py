@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from .canvas import value_noise
-from .pipeline import TEXT_LENGTH, build_pipeline, build_tokenizer
+from .pipeline import TEXT_LENGTH, build_pipeline, build_text_encoder, build_tokenizer
 from .world import scene
 
 
@@ -191,6 +191,21 @@ def train_denoiser(pipe, latents, captions, work: Path, steps: int, batch: int, 
     return checkpoint.step
 
 
+@torch.no_grad()
+def renew_words(pipe) -> None:
+    """Give a pipeline the words of today's world. Words that it knew keep their embeddings, and new ones start fresh."""
+    before, tokenizer = pipe.tokenizer.get_vocab(), build_tokenizer()
+    now = tokenizer.get_vocab()
+    if now == before:
+        return
+    encoder, known = build_text_encoder(tokenizer), sorted(now.keys() & before.keys())
+    table, old = encoder.get_input_embeddings().weight, pipe.text_encoder.get_input_embeddings().weight
+    table[[now[word] for word in known]] = old[[before[word] for word in known]]
+    state = pipe.text_encoder.state_dict() | {next(k for k, v in encoder.named_parameters() if v is table): table}
+    encoder.load_state_dict(state)
+    pipe.register_modules(tokenizer=tokenizer, text_encoder=encoder)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="pictures, checkpoints and logs")
@@ -215,6 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         for part in (pipe, pipe.unet, pipe.vae):
             # the exported files must not tell where they came from
             part.register_to_config(_name_or_path="")
+        renew_words(pipe)
     else:
         if not (work / "tokenizer").exists():
             build_tokenizer().save_pretrained(work / "tokenizer")

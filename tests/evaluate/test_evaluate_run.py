@@ -12,9 +12,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from stamina_fast import StaminaConfig, attach
-from stamina_fast.demo import prepare_concepts
+from stamina_fast.demo.photographs import prepare_concepts
 from stamina_fast.errors import InputError, StaminaError
-from stamina_fast.evaluate import evaluate_run, features, keep_held_out
+from stamina_fast.evaluate import evaluate_run, features, keep_held_out, samples
 from stamina_fast.evaluate.mmd import median_distance, mmd2
 from stamina_fast.evaluate.real import real_images
 from stamina_fast.evaluate.run import weight_change
@@ -112,3 +112,18 @@ def test_weight_change_counts_what_earlier_tasks_had_changed():
     got = weight_change([second], [first])
     assert got["step"] == 3.0
     assert got["overlap"] == pytest.approx(1 / 3)
+
+
+def test_samples_are_kept_and_not_drawn_again(trained, tmp_path, monkeypatch):
+    shutil.copytree(trained / "run", tmp_path / "run", ignore=shutil.ignore_patterns("samples"))
+    run, how = tmp_path / "run", {"real": trained / "photographs" / "held-out", "guidance": (1.0,), **QUICKLY}
+    ends = evaluate_run(run, triangle=False, seed=5, **how)
+    folders = sorted(str(path.parent.relative_to(run / "samples")) for path in (run / "samples").rglob("0000.png"))
+    assert folders == ["g1/after-01/cat", "g1/after-02/cat", "g1/after-02/rocket", "g1/base/cat", "g1/base/rocket"]
+    shutil.rmtree(run / "samples" / "g1" / "after-01" / "cat")
+    asked = []
+    monkeypatch.setattr(samples, "sample", lambda *args, **more: asked.append(args[1]) or sample(*args, **more))
+    assert evaluate_run(run, triangle=False, seed=5, **how) == ends
+    assert asked == ["a photo of <cat>"], "only what is missing"
+    evaluate_run(run, triangle=False, seed=6, **how)
+    assert len(asked) == 1 + 5, "another seed, other samples"

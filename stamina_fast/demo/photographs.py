@@ -1,24 +1,22 @@
-"""The demo: teach the small model one subject after another, from photographs that scikit-image bundles."""
+"""`demo --photographs`: teach the small model one subject after another, from photographs that scikit-image bundles."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 
-import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from .evaluate import evaluate_run, keep_held_out
-from .io.images import list_images
-from .io.run import Run
-from .pipeline.load import TINY, load_pipeline, resolution_of
-from .training import train
+from ..evaluate import evaluate_run, keep_held_out
+from ..io.images import list_images
+from ..io.run import Run
+from ..pipeline.load import TINY, load_pipeline, resolution_of
+from ..training import train
+from .plan import Plan, one_thread
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,6 @@ SECOND_PHOTOGRAPHS = {"motorcycle": Subject("motorcycle_right.png", 350, 250, 45
 GUIDANCE = (1.0, 2.0)
 # the share of the base model's MMD² at which a concept counts as learned
 NEAR = 0.6
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How much the demo does: options of the trainer; samples for every measure, and steps of the sampler."""
-
-    train: dict
-    samples: int
-    sampler_steps: int
 
 
 # the pictures are crops and mirror images already, and are taken whole
@@ -106,19 +95,8 @@ def prepare_concepts(folder: str | Path, size: int = 32, subjects=tuple(SUBJECTS
     return folder / "concepts"
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Use one thread until the block ends: the small model's operators are too small for several, which would wait."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @one_thread()
-def run_demo(output: str | Path = "runs/demo", quick: bool = False, *, model=TINY, subjects=TAUGHT, device=None,
+def run_photographs(output: str | Path = "runs/demo", quick: bool = False, *, model=TINY, subjects=TAUGHT, device=None,
              progress: bool = True) -> dict:
     """Teach `model` the subjects one after another into the RUN folder `output`, measure, and say what was learned.
 

@@ -1,14 +1,13 @@
-"""The objects of the small world, each drawn in its own frame [-1, 1]², y downwards, in the coat of the canvas."""
+"""The things of the small world, each drawn in its own frame [-1, 1]², y downwards, in the coat of the canvas."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 
 from .canvas import Canvas
-
-SKIN = ((0.96, 0.80, 0.69), (0.87, 0.67, 0.52), (0.68, 0.47, 0.34), (0.42, 0.28, 0.20))
-HAIR = ((0.12, 0.09, 0.07), (0.35, 0.20, 0.10), (0.75, 0.55, 0.25), (0.55, 0.22, 0.10), (0.70, 0.70, 0.70))
-DARK, LIGHT, GLASS = (0.08, 0.08, 0.10), (0.96, 0.96, 0.94), (0.62, 0.80, 0.90)
+from .colours import COLOURS, DARK, GLASS, LIGHT, contrast, second_colour
 
 
 def ball(c: Canvas):
@@ -32,36 +31,11 @@ def heart(c: Canvas):
                        c.convex((-0.82, -0.1), (0, -0.45), (0.82, -0.1), (0, 0.92))))
 
 
-def ring(c: Canvas):
-    c.paint(np.abs(np.hypot(c.x, c.y) - 0.65) - 0.22)
-
-
 def cup(c: Canvas):
     c.paint(np.abs(c.ellipse(0.72, 0.05, 0.34, 0.36)) - 0.09)
     c.paint(c.convex((-0.75, -0.5), (0.75, -0.5), (0.52, 0.8), (-0.52, 0.8)))
     c.paint(c.ellipse(0, -0.5, 0.75, 0.24))
-    c.paint(c.ellipse(0, -0.48, 0.62, 0.17), (0.30, 0.17, 0.08) if c.rng.random() < 0.6 else DARK)
-
-
-def plate(c: Canvas):
-    c.paint(c.ellipse(0, 0, 0.95, 0.75))
-    c.paint(c.ellipse(0, -0.03, 0.66, 0.50), c.second)
-
-
-def bottle(c: Canvas):
-    c.paint(c.box(0, 0.3, 0.38, 0.65, soft=0.12))
-    c.paint(c.box(0, -0.6, 0.15, 0.32))
-    c.paint(c.box(0, -0.88, 0.19, 0.09), DARK)
-    c.paint(c.box(0, 0.35, 0.39, 0.22), c.second)
-
-
-def rocket(c: Canvas):
-    c.paint(c.convex((-0.2, 0.7), (0.2, 0.7), (0, 1.1)), (0.98, 0.65, 0.15))
-    c.paint(c.convex((-0.3, 0.2), (-0.3, 0.72), (-0.68, 0.85)), c.second)
-    c.paint(c.convex((0.3, 0.2), (0.68, 0.85), (0.3, 0.72)), c.second)
-    c.paint(np.maximum(c.ellipse(0, 0.1, 0.34, 1.1), c.y - 0.72))
-    c.paint(np.maximum(c.ellipse(0, 0.1, 0.34, 1.1), c.y + 0.5), c.second)
-    c.paint(c.ellipse(0, -0.2, 0.15), GLASS)
+    c.paint(c.ellipse(0, -0.48, 0.62, 0.17), (0.30, 0.17, 0.08))
 
 
 def house(c: Canvas):
@@ -69,13 +43,6 @@ def house(c: Canvas):
     c.paint(c.convex((-0.9, -0.12), (0, -0.85), (0.9, -0.12)), c.second)
     c.paint(c.box(-0.1, 0.55, 0.15, 0.3), DARK)
     c.paint(c.box(0.38, 0.25, 0.16, 0.15), GLASS)
-
-
-def tower(c: Canvas):
-    c.paint(c.box(0, 0.2, 0.33, 0.75))
-    c.paint(c.convex((-0.45, -0.5), (0, -1.0), (0.45, -0.5)), c.second)
-    for y in (-0.3, 0.1, 0.5):
-        c.paint(c.box(0, y, 0.1, 0.1), DARK)
 
 
 def tree(c: Canvas):
@@ -97,28 +64,11 @@ def mushroom(c: Canvas):
     c.paint(np.maximum(c.ellipse(0, 0.05, 0.85, 0.8), c.y - 0.1))
 
 
-def apple(c: Canvas):
-    c.paint(c.stroke(0, -0.5, 0.12, -0.9, 0.06), (0.3, 0.2, 0.1))
-    c.paint(np.minimum(c.ellipse(-0.27, 0.1, 0.52, 0.68), c.ellipse(0.27, 0.1, 0.52, 0.68)))
-    c.paint(c.ellipse(0.32, -0.72, 0.24, 0.11, -0.4), (0.25, 0.6, 0.25))
-
-
 def fish(c: Canvas):
     c.paint(c.convex((-0.5, 0), (-1.0, -0.45), (-1.0, 0.45)), c.second)
     c.paint(c.ellipse(0.1, 0, 0.75, 0.46))
     c.paint(c.ellipse(0.5, -0.1, 0.13), LIGHT)
     c.paint(c.ellipse(0.53, -0.1, 0.07), DARK)
-
-
-def bird(c: Canvas):
-    c.paint(c.convex((-0.5, 0.1), (-1.0, -0.15), (-0.95, 0.3)))
-    c.paint(c.ellipse(-0.05, 0.15, 0.62, 0.42))
-    c.paint(c.ellipse(0.48, -0.3, 0.32))
-    c.paint(c.convex((0.74, -0.42), (1.05, -0.25), (0.74, -0.15)), (0.95, 0.6, 0.15))
-    c.paint(c.ellipse(-0.12, 0.1, 0.38, 0.22, 0.3), c.second)
-    c.paint(c.ellipse(0.56, -0.36, 0.07), DARK)
-    c.paint(c.stroke(-0.1, 0.55, -0.1, 0.9, 0.04), DARK)
-    c.paint(c.stroke(0.15, 0.55, 0.15, 0.9, 0.04), DARK)
 
 
 def eyes(c: Canvas, cx, cy, gap, r, iris=DARK):
@@ -129,7 +79,7 @@ def eyes(c: Canvas, cx, cy, gap, r, iris=DARK):
 
 def muzzle(c: Canvas, cy, w):
     c.paint(c.ellipse(0, cy, w, w * 0.7), np.minimum(c.second * 0.3 + 0.65, 1))
-    c.paint(c.ellipse(0, cy - w * 0.35, w * 0.32, w * 0.24), (0.75, 0.40, 0.40) if c.rng.random() < 0.5 else DARK)
+    c.paint(c.ellipse(0, cy - w * 0.35, w * 0.32, w * 0.24), DARK)
     c.paint(c.stroke(-w * 0.5, cy + w * 0.3, 0, cy + w * 0.1, 0.025), DARK)
     c.paint(c.stroke(w * 0.5, cy + w * 0.3, 0, cy + w * 0.1, 0.025), DARK)
 
@@ -157,35 +107,6 @@ def dog(c: Canvas):
     muzzle(c, 0.42, 0.36)
 
 
-def person(c: Canvas, hair_long):
-    skin, hair = SKIN[c.rng.integers(len(SKIN))], HAIR[c.rng.integers(len(HAIR))]
-    c.paint(c.ellipse(0, 1.15, 0.95, 0.55))
-    if hair_long:
-        c.paint(c.ellipse(0, 0.05, 0.70, 0.88), hair)
-        c.paint(c.box(0, 0.5, 0.66, 0.4, soft=0.2), hair)
-    else:
-        c.paint(c.ellipse(0, -0.28, 0.60, 0.62), hair)
-    c.paint(c.box(0, 0.62, 0.2, 0.25), np.asarray(skin) * 0.88)
-    c.paint(c.ellipse(0, 0.05, 0.50, 0.65), skin)
-    c.paint(np.maximum(c.ellipse(0, 0.0, 0.54, 0.68), c.y + (0.32 if hair_long else 0.38)), hair)
-    for s in (-1, 1):
-        c.paint(c.ellipse(s * 0.2, -0.02, 0.10, 0.06), LIGHT)
-        c.paint(c.ellipse(s * 0.2, -0.02, 0.055), DARK)
-        c.paint(c.stroke(s * 0.1, -0.16, s * 0.3, -0.17, 0.025), np.asarray(hair) * 0.7)
-    c.paint(c.stroke(0, 0.05, 0.03, 0.22, 0.025), np.asarray(skin) * 0.75)
-    c.paint(c.ellipse(0, 0.40, 0.17, 0.055), (0.72, 0.28, 0.28))
-    if c.rng.random() < 0.5:
-        c.paint(c.ellipse(0, 0.39, 0.11, 0.028), LIGHT)
-
-
-def man(c: Canvas):
-    person(c, False)
-
-
-def woman(c: Canvas):
-    person(c, True)
-
-
 def wheels(c: Canvas, y, r, *xs):
     for x in xs:
         c.paint(c.ellipse(x, y, r), DARK)
@@ -197,16 +118,6 @@ def car(c: Canvas):
     c.paint(c.convex((-0.38, -0.08), (-0.25, -0.38), (0.22, -0.38), (0.4, -0.08)), GLASS)
     c.paint(c.box(0, 0.18, 0.95, 0.27, soft=0.1))
     wheels(c, 0.45, 0.24, -0.52, 0.52)
-
-
-def bike(c: Canvas):
-    for x in (-0.58, 0.58):
-        c.paint(np.abs(np.hypot(c.x - x, c.y - 0.35) - 0.36) - 0.07, DARK)
-    for a in ((-0.58, 0.35, -0.15, -0.25), (-0.15, -0.25, 0.4, -0.25), (0.4, -0.25, 0.02, 0.35), (0.02, 0.35, -0.15, -0.25),
-              (0.58, 0.35, 0.35, -0.5), (-0.58, 0.35, 0.02, 0.35)):
-        c.paint(c.stroke(*a, 0.075))
-    c.paint(c.stroke(-0.35, -0.38, 0.0, -0.38, 0.07), DARK)
-    c.paint(c.stroke(0.2, -0.55, 0.45, -0.5, 0.06), DARK)
 
 
 def boat(c: Canvas):
@@ -231,20 +142,36 @@ def butterfly(c: Canvas):
     c.paint(c.ellipse(0, 0.05, 0.1, 0.62), DARK)
 
 
-def hat(c: Canvas):
-    c.paint(c.ellipse(0, 0.45, 0.98, 0.24))
-    c.paint(c.box(0, 0.0, 0.5, 0.48, soft=0.15))
-    c.paint(c.box(0, 0.28, 0.51, 0.11), c.second)
-
-
-def lamp(c: Canvas):
-    c.paint(c.stroke(0, 0, 0, 0.8, 0.06), DARK)
-    c.paint(c.ellipse(0, 0.85, 0.45, 0.12), DARK)
-    c.paint(c.convex((-0.35, -0.8), (0.35, -0.8), (0.72, 0.1), (-0.72, 0.1)))
-
-
-OBJECTS = {
+DRAWINGS = {
     f.__name__: f
-    for f in (ball, cube, star, heart, ring, cup, plate, bottle, rocket, house, tower, tree, flower, mushroom, apple, fish,
-              bird, cat, dog, man, woman, car, bike, boat, robot, butterfly, hat, lamp)
+    for f in (ball, cube, star, heart, cup, house, tree, flower, mushroom, fish, cat, dog, car, boat, robot, butterfly)
 }
+TEXTURES = ("plain", "striped", "spotted", "checkered", "furry", "shiny")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """A thing: its kind, the colours and the texture of its coat, and the seed of its details."""
+
+    kind: str
+    colour: str
+    second: str
+    texture: str
+    seed: int
+
+    @staticmethod
+    def random(rng: np.random.Generator, kind: str) -> Thing:
+        colour = list(COLOURS)[rng.integers(len(COLOURS))]
+        texture = "plain" if rng.random() < 0.4 else TEXTURES[rng.integers(len(TEXTURES))]
+        second = contrast(colour) if rng.random() < 0.5 else second_colour(rng, colour)
+        return Thing(kind, colour, second, texture, int(rng.integers(2**31)))
+
+    def draw(self, c: Canvas, rng: np.random.Generator) -> None:
+        """Draw it in the frame of the canvas. `rng` is of the view, and changes nothing here."""
+        c.rng = np.random.default_rng(self.seed)
+        c.dress(COLOURS[self.colour], COLOURS[self.second], self.texture)
+        DRAWINGS[self.kind](c)
+
+    def words(self) -> tuple[list[str], list[str]]:
+        """Adjectives before the kind, and phrases after it, of what can be seen."""
+        return ([] if self.texture == "plain" else [self.texture]) + [self.colour], []
