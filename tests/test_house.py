@@ -17,8 +17,9 @@ LAYERS = (
     ("errors", "seeds", "kernels"),
     ("ops", "pipeline", "io"),
     ("adapter",),
-    ("reopen", "tiny"),
+    ("reopen",),
     ("training", "evaluate"),
+    ("tiny",),
     ("export", "doctor", "demo", "bench"),
     ("cli",),
 )

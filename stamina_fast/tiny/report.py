@@ -10,27 +10,38 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image, ImageDraw
 
+from ..evaluate.classifier import train_classifier
+from ..pipeline.load import load_pipeline
+from ..pipeline.sampling import sample
+from .faces import article
+from .renders import of_kinds
+
 PROMPTS = (
-    "a photo of a red ball on grass",
-    "a photo of a big blue cube on a table",
-    "a photo of a cat in a room",
-    "a photo of a black dog on snow",
-    "a photo of a woman on a beach",
-    "a photo of a man by a wall",
-    "a photo of a white cup on a table",
-    "a photo of a rocket in the sky",
-    "a photo of a striped green fish in the water",
-    "a photo of a yellow star on a purple background",
-    "a picture of a red car left of a blue house",
-    "a close up of a spotted pink mushroom in a forest",
+    "a photo of a man on a beach",
+    "a photo of a pale woman with long red hair in a blue shirt on grass",
+    "a photo of a dark man with sunglasses and a yellow hat by a wall",
+    "a photo of a tanned woman with curly white hair and glasses at night",
+    "a photo of a bald man with a beard in a striped shirt on snow",
+    "a photo of a tower on grass",
+    "a photo of a wide purple castle with a pointed pink top in a forest",
+    "a photo of a white temple with a flat red top and bright windows at night",
+    "a photo of a narrow orange bridge in the water",
+    "a photo of a green dome with a round yellow top on a beach",
+    "a photo of a black cat in a room",
+    "a photo of a striped red cup on a table",
+    "a photo of a yellow car on snow",
+    "a photo of a woman left of a tower on a beach",
+    "a photo of a blue house right of a tree on grass",
 )
+# samples of each kind that are named
+NAMED = 12
 
 
 def sample_sheet(folder: Path, guidance: float, steps: int, columns: int = 6, zoom: int = 2) -> Image.Image:
     """One row for each prompt: the prompt, and its pictures from seeds 0, 1, …."""
     pipe = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
-    side, text = 32 * zoom, 330
+    side, text = 32 * zoom, 430
     sheet = Image.new("RGB", (text + columns * side, len(PROMPTS) * side), "white")
     draw = ImageDraw.Draw(sheet)
     for row, prompt in enumerate(PROMPTS):
@@ -40,6 +51,23 @@ def sample_sheet(folder: Path, guidance: float, steps: int, columns: int = 6, zo
         for column, image in enumerate(images):
             sheet.paste(image.resize((side, side), Image.Resampling.NEAREST), (text + column * side, row * side))
     return sheet
+
+
+def kinds_named(folder: Path, guidance: float, steps: int) -> dict:
+    """For each kind, the share of samples of 'a photo of a KIND' that a classifier gives its name; and how good that is.
+
+    The classifier is trained on renders of all kinds, and judged on renders of identities that it has not seen.
+    """
+    pipe = load_pipeline(folder, "cpu")
+    classifier = train_classifier(*of_kinds(200, first=2**33), steps=1500)
+    renders, labels, kinds = of_kinds(40, first=2**34)
+    found = classifier.probabilities(renders.float() / 255).argmax(1)
+    shares = {}
+    for kind in kinds:
+        images = sample(pipe, f"a photo of {article(kind)}", NAMED, guidance=guidance, steps=steps, batch=NAMED)
+        shares[kind] = classifier.share(images, kind)
+    return {"named": sum(shares.values()) / len(shares), "classifier_on_renders": (found == labels).double().mean().item(),
+            "samples": NAMED, "guidance": guidance, "steps": steps, "kinds": shares}
 
 
 def read_log(path: Path) -> list[dict]:
@@ -72,6 +100,9 @@ def main() -> None:
     rows = read_log(arguments.work / "denoiser.jsonl")
     (arguments.output / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     curve(rows, arguments.output / "curve.png")
+    found = kinds_named(arguments.work / "model", arguments.guidance, arguments.sampling_steps)
+    (arguments.output / "named.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{found['named']:.0%} of the samples of a kind are named rightly")
     sample_sheet(arguments.work / "model", arguments.guidance, arguments.sampling_steps).save(arguments.output / "samples.png")
 
 

@@ -12,9 +12,12 @@ from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from stamina_fast.tiny import pretrain
-from stamina_fast.tiny.objects import OBJECTS
+from stamina_fast.tiny.colours import COLOURS
+from stamina_fast.tiny.identities import KINDS
 from stamina_fast.tiny.pipeline import TEXT_LENGTH, build_pipeline, build_tokenizer
-from stamina_fast.tiny.world import COLOURS, PLACES, TEXTURES, scene, vocabulary
+from stamina_fast.tiny.places import PLACES
+from stamina_fast.tiny.things import TEXTURES
+from stamina_fast.tiny.world import WORDS, scene, vocabulary
 
 MODEL = Path(pretrain.__file__).parent / "model"
 
@@ -36,7 +39,8 @@ def test_captions_follow_the_grammar_and_reach_every_word():
     assert all(opening.match(caption) for caption in captions)
     assert not [c for c in captions if re.search(r"\ban [^aeiou]|\ba [aeiou]", c)]
     assert {word for caption in captions for word in caption.split()} == set(vocabulary())
-    for words in (COLOURS, TEXTURES[1:], OBJECTS, PLACES):
+    assert max(len(caption.split()) for caption in captions) <= WORDS <= TEXT_LENGTH - 2
+    for words in (COLOURS, TEXTURES[1:], KINDS, PLACES):
         assert all(any(word in caption for caption in captions) for word in words)
 
 
@@ -69,6 +73,28 @@ def test_pre_training_resumes_to_the_same_bits(tmp_path):
     weight = next(key for key in whole if key.startswith("weight/unet") and key.endswith("weight"))
     assert not [p for p in (tmp_path / "further" / "model").rglob("*.json") if str(tmp_path) in p.read_text()]
     assert (further[weight] - whole[weight.replace("weight/", "average/", 1)].half().float()).abs().max() < 1e-4
+
+
+def test_training_goes_on_with_the_words_of_today(tmp_path):
+    """A word that the older tokenizer had too keeps its embedding, whatever its id; a new one has a fresh row."""
+    pipe = build_pipeline(older := CLIPTokenizer(
+        vocab={piece: i for i, piece in enumerate(["cat</w>", "zebra</w>", "<|startoftext|>", "<|endoftext|>"])}, merges=[],
+        unk_token="<|endoftext|>", bos_token="<|startoftext|>", eos_token="<|endoftext|>", pad_token="<|endoftext|>"))
+    before, position = pipe.text_encoder.get_input_embeddings().weight.clone(), "embeddings.position_embedding.weight"
+    kept = {k: v.clone() for k, v in pipe.text_encoder.state_dict().items() if k.endswith(position)}
+    pretrain.renew_words(pipe)
+    now, table = pipe.tokenizer.get_vocab(), pipe.text_encoder.get_input_embeddings().weight
+    assert now == build_tokenizer().get_vocab()
+    assert len(table) == len(now) == pipe.text_encoder.config.vocab_size
+    for word in ("cat</w>", "<|startoftext|>", "<|endoftext|>"):
+        assert torch.equal(table[now[word]], before[older.get_vocab()[word]])
+    assert not (table[now["castle</w>"]] == before).all(1).any()
+    state = pipe.text_encoder.state_dict()
+    assert kept
+    assert all(torch.equal(state[k], v) for k, v in kept.items())
+    encoder = pipe.text_encoder
+    pretrain.renew_words(pipe)
+    assert pipe.text_encoder is encoder, "nothing is renewed twice"
 
 
 def test_the_model_that_travels_along_is_this_one_and_small():

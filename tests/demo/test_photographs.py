@@ -1,4 +1,4 @@
-"""The demo's photographs and its whole way, on a tiny pipeline with random weights."""
+"""The demo with photographs: its pictures and its whole way, on a tiny pipeline with random weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ import pytest
 import tinypipes
 from PIL import Image
 
-from stamina_fast import demo
-from stamina_fast.demo import HELD_OUT_CROPS, SECOND_PHOTOGRAPHS, SUBJECTS, TRAINING_CROPS, Plan, prepare_concepts, run_demo
+from stamina_fast.demo import photographs as demo
+from stamina_fast.demo.photographs import (
+    HELD_OUT_CROPS,
+    SECOND_PHOTOGRAPHS,
+    SUBJECTS,
+    TRAINING_CROPS,
+    Plan,
+    prepare_concepts,
+    run_photographs,
+)
 from stamina_fast.errors import InputError
 
 
@@ -58,7 +66,7 @@ def little(monkeypatch):
 def test_the_demo_leaves_a_run_to_look_at_and_says_what_it_learned(tmp_path, little, capsys):
     tinypipes.sd15().save_pretrained(tmp_path / "base")
     run = tmp_path / "runs" / "demo"
-    metrics = run_demo(run, quick=True, model=str(tmp_path / "base"), subjects=("cat", "rocket"))
+    metrics = run_photographs(run, quick=True, model=str(tmp_path / "base"), subjects=("cat", "rocket"))
     assert json.loads((run / "metrics.json").read_text()) == json.loads(json.dumps(metrics))
     assert [task["name"] for task in metrics["tasks"]] == ["cat", "rocket"]
     assert list(metrics["by_guidance"]) == [f"{g:g}" for g in demo.GUIDANCE]
@@ -86,13 +94,13 @@ def test_a_demo_that_was_stopped_goes_on(tmp_path, little, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(demo, "evaluate_run", stopped)
         with pytest.raises(KeyboardInterrupt):
-            run_demo(run, model=model, subjects=("cat", "rocket"), progress=False)
+            run_photographs(run, model=model, subjects=("cat", "rocket"), progress=False)
     kept = (run / "tasks" / "01-cat" / "factors.safetensors").stat().st_mtime_ns
-    metrics = run_demo(run, model=model, subjects=("cat", "rocket"), progress=False)
+    metrics = run_photographs(run, model=model, subjects=("cat", "rocket"), progress=False)
     assert (run / "tasks" / "01-cat" / "factors.safetensors").stat().st_mtime_ns == kept
     assert len(metrics["tasks"]) == 2
     with pytest.raises(InputError, match="cannot resume"):
-        run_demo(run, model=model, subjects=("cat", "coffee"), progress=False)
+        run_photographs(run, model=model, subjects=("cat", "coffee"), progress=False)
 
 
 def test_the_plans_fit_their_time():
