@@ -23,7 +23,7 @@ help: ## this list
 
 setup: $(READY) ## only the environment
 
-demo: $(READY) ## teach the small model real photographs one after another; leaves runs/demo
+demo: $(READY) ## teach the small model six identities one after another; leaves runs/demo
 	$(PYTHON) -m stamina_fast.cli demo --output runs/demo
 
 test: $(READY) ## every test that needs no GPU

@@ -1,7 +1,7 @@
 """Pre-train the small Stable Diffusion on the procedural world: `python -m stamina_fast.tiny.pretrain --work DIR`.
 
-Four stages: pictures, autoencoder, denoiser (with the text encoder), export. Run it again with the same folder to continue
-where it stopped; `--steps` is the total. `--finish N` spends the last N steps on lowering the learning rate to zero.
+Stages: pictures, autoencoder, its decoder alone, denoiser (with the text encoder), export. Run it again with the same folder to
+continue where it stopped; `--steps` is the total. `--finish N` spends the last N steps on lowering the learning rate to zero.
 """
 
 from __future__ import annotations
@@ -106,6 +106,40 @@ def encode(vae, images, work: Path, device, scale: float | None) -> torch.Tensor
     scale = scale or 1 / latents[:2000].float().std().item()
     vae.register_to_config(scaling_factor=scale)
     return latents.float().mul_(scale).half()
+
+
+def train_decoder(vae, images, latents, work: Path, steps: int, batch: int, device) -> None:
+    """Train the decoder alone on the latents of today's pictures: the encoder, and so the denoiser's work, stays the same.
+
+    A little noise on the latents stands for the denoiser's errors.
+    """
+    path = work / "decoder.safetensors"
+    parts = torch.nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv}).to(device)
+    if path.exists():
+        parts.load_state_dict(load_file(path))
+        return
+    if not steps:
+        return
+    parts.train()
+    optimizer = torch.optim.AdamW(parts.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
+    draw, start = torch.Generator().manual_seed(2), time.time()
+    for step in range(steps):
+        pick = torch.randint(len(images), (batch,), generator=draw)
+        z = latents[pick].float()
+        z = z + 0.05 * torch.rand(batch, 1, 1, 1, generator=draw) * torch.randn(z.shape, generator=draw)
+        x = images[pick].float().to(device) / 127.5 - 1
+        y = vae.decode(z.to(device) / vae.config.scaling_factor).sample
+        loss = F.l1_loss(y, x) + F.mse_loss(y, x)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            psnr = -10 * float(np.log10(F.mse_loss(y, x).item() / 4))
+            log(work / "decoder.jsonl", step=step, loss=loss.item(), psnr=psnr, seconds=time.time() - start)
+    save(parts.state_dict(), path)
 
 
 class Checkpoint:
@@ -213,6 +247,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="where to write the pipeline (fp16); default: WORK/model")
     parser.add_argument("--pictures", type=int, default=60_000)
     parser.add_argument("--autoencoder-steps", type=int, default=2000)
+    parser.add_argument("--decoder-steps", type=int, default=0, help="of the decoder alone, with the encoder as it is")
     parser.add_argument("--steps", type=int, default=20_000, help="total steps of the denoiser")
     parser.add_argument("--finish", type=int, default=0, help="lower the learning rate to 0 over the last N steps")
     parser.add_argument("--batch", type=int, default=32)
@@ -238,6 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     images, captions = pictures(work, arguments.pictures)
     train_autoencoder(pipe.vae, images, work, arguments.autoencoder_steps, 32, device)
     latents = encode(pipe.vae, images, work, device, pipe.vae.config.scaling_factor if arguments.start else None)
+    train_decoder(pipe.vae, images, latents, work, arguments.decoder_steps, 32, device)
     train_denoiser(pipe, latents, captions, work, arguments.steps, arguments.batch, arguments.finish, arguments.rate, device)
     pipe.to("cpu", torch.float16).save_pretrained(arguments.output or work / "model", safe_serialization=True)
 
