@@ -49,8 +49,8 @@ class StaminaConfig:
         forgetting_weight: of Σ (S ⊙ Δ)² with S the sum of earlier folds (C-LoRA). Its scale differs between models.
     Token
         token_mlp: True: an MLP on a fixed input makes the embedding (STAMINA). False: the row itself is trained (C-LoRA).
-        token_init: where the embedding starts: "random" (a random direction) or "mean" (of the table), both at a typical
-            norm, or a word that the tokenizer knows.
+        token_init: where the embedding starts: "random" (a random direction) or "mean" (of words in use), both as large as
+            a word in use, or a word that is one token.
         token_depth, token_width: hidden layers of the token's MLP (0: one linear map) and their width.
         token_input_width: width of its fixed input.
     seed: of the codes and of every fresh factor.

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import InputError, StaminaError
 from ..seeds import derive_seed
 from .config import StaminaConfig
+from .words import words_in_use
 
 PAIRS = (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2"))
 INITS = ("random", "mean")
@@ -79,10 +80,12 @@ class _Word:
                              "install transformers 5 or newer")
         self.encoder, self.tokenizer = encoder, tokenizer
         self.embedding = encoder.get_input_embeddings()
-        table = self.table.float()
-        # the middle row, since a table may hold a few rows that were never trained
-        self.norm = table.norm(dim=1).median().item()
-        self.mean = table.mean(0).cpu()
+        self.used = words_in_use(self.table, tokenizer)
+        words = self.table[self.used.to(self.table.device)].float().cpu()
+        self.norm = words.norm(dim=1).median().item() if len(words) else 0.0
+        if not 0 < self.norm < math.inf:
+            raise InputError(f"the table of {type(encoder).__name__} has no word of finite size above 0; load trained weights")
+        self.mean = words.mean(0)
         self.spare: Tensor | None = None
         # a tensor, so that torch.compile needs no new program for the next token; no token has the id -1
         self.id = torch.full((), -1, device=self.table.device)
@@ -156,7 +159,7 @@ class TokenBank(nn.Module):
     tokens  the folded ones in order: token -> {"text_encoder": [d], "text_encoder_2": [d]}, fp32 on the CPU
 
     mlp     False: the row itself is the parameter (C-LoRA)
-    init    where a token starts: "random" (a random direction) or "mean" (of the table), at the table's median norm, or a word
+    init    where a token starts: "random" (a random direction) or "mean" (of words in use), as large as a word, or a word
 
     Parameters are fp32 and none of the text encoders' own. These objects are never replaced, only their data.
     """
