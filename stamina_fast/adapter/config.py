@@ -17,7 +17,7 @@ CHOICES = {
 }
 AT_LEAST = {
     "rank": 1, "gate_rank": 1, "mlp_depth": 0, "mlp_width": 1, "code_width": 1,
-    "token_depth": 0, "token_width": 1, "token_input_width": 1, "seed": 0,
+    "token_vectors": 1, "token_depth": 0, "token_width": 1, "token_input_width": 1, "seed": 0,
 }
 POSITIVE = ("factor_scale", "tau_start", "tau_end")
 NOT_NEGATIVE = ("gate_scale", "sparsity_weight", "forgetting_weight")
@@ -50,7 +50,8 @@ class StaminaConfig:
     Token
         token_mlp: True: an MLP on a fixed input makes the embedding (STAMINA). False: the row itself is trained (C-LoRA).
         token_init: where the embedding starts: "random" (a random direction) or "mean" (of words in use), both as large as
-            a word in use, or a word that is one token.
+            a word in use, or a word that is one token. A concept's own initializer_token comes before it.
+        token_vectors: embeddings of a token, n. In tokenizers they are <cat>, <cat>_1, …, <cat>_{n-1}, as in diffusers.
         token_depth, token_width: hidden layers of the token's MLP (0: one linear map) and their width.
         token_input_width: width of its fixed input.
     seed: of the codes and of every fresh factor.
@@ -78,6 +79,7 @@ class StaminaConfig:
     forgetting_weight: float = 0.0
     token_mlp: bool = True
     token_init: str = "random"
+    token_vectors: int = 1
     token_depth: int = 1
     token_width: int = 64
     token_input_width: int = 32

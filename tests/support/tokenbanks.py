@@ -1,8 +1,10 @@
 """Token banks on tiny pipelines, and what can be read off them."""
 
+import dataclasses
 
 import tinypipes
 import torch
+from diffusers.loaders import TextualInversionLoaderMixin
 
 from stamina_fast.adapter.config import StaminaConfig
 from stamina_fast.adapter.tokens import TokenBank
@@ -18,10 +20,10 @@ def parts(pipeline):
     return [(name, getattr(pipeline, name), getattr(pipeline, tok)) for name, tok in PAIRS.items() if hasattr(pipeline, name)]
 
 
-def bank_of(pipeline, **options):
+def bank_of(pipeline, vectors=1, **options):
     for _, encoder, _ in parts(pipeline):
         encoder.requires_grad_(False)
-    return TokenBank(pipeline, CONFIG, **options)
+    return TokenBank(pipeline, dataclasses.replace(CONFIG, token_vectors=vectors), **options)
 
 
 def tables(pipeline):
@@ -36,7 +38,8 @@ def vocabularies(pipeline):
 def states(pipeline, prompt):
     out = []
     for _, encoder, tokenizer in parts(pipeline):
-        ids = tokenizer(prompt, padding="max_length", return_tensors="pt").input_ids
+        text = TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)
+        ids = tokenizer(text, padding="max_length", return_tensors="pt").input_ids
         out.append(encoder(ids, output_hidden_states=True).hidden_states[-1])
     return torch.cat(out, -1)
 
