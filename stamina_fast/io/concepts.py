@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from .images import SUFFIXES, list_images
 from .names import check_distinct, check_name, inside, token_for
 
 PROMPT = "a photo of {token}"
-_KEYS = {"instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "name", "token"}
+_KEYS = {"instance_prompt", "instance_data_dir", "class_prompt", "class_data_dir", "name", "token",
+         "initializer_token"}
 _TOKEN = re.compile(r"<[^<>\s]+>|\S+\*")
 
 
@@ -28,6 +30,8 @@ class Concept:
     class_prompt  what the thing is an example of, such as 'a photo of a cat'
     captions      a text for each picture, each with the token
     class_images  pictures of other things of the class, which `class_prompt` describes
+    initializer_token   a word of one token, whose embedding the concept's token starts from, such as 'cat'; None: as the
+                        option token_init says
     """
 
     name: str
@@ -37,11 +41,15 @@ class Concept:
     class_prompt: str | None = None
     captions: tuple[str, ...] | None = None
     class_images: tuple[Path, ...] = ()
+    initializer_token: str | None = None
 
     def __post_init__(self):
         if not self.token or any(letter.isspace() for letter in self.token):
             raise InputError(f"the token of {self.name!r} must be one word, got {self.token!r}; write it as '<cat>'")
         check_name(self.name)
+        word = self.initializer_token
+        if word is not None and (not isinstance(word, str) or len(word.split()) != 1):
+            raise InputError(f"the initializer_token of {self.name!r} must be one word, got {word!r}; write one, such as 'cat'")
         for pictures in ("images", "class_images"):
             object.__setattr__(self, pictures, tuple(Path(image) for image in getattr(self, pictures)))
         if self.captions is not None:
@@ -70,8 +78,8 @@ def load_concepts(source: Path) -> list[Concept]:
     'a photo of <name>'.
 
     concepts_list.json is a list of objects. Each has "instance_data_dir" and "instance_prompt", with the token in angle
-    brackets or given as "token". "class_prompt", "class_data_dir" (pictures for prior preservation) and "name" are
-    optional. Relative folders start at the file.
+    brackets or given as "token". "class_prompt", "class_data_dir" (pictures for prior preservation), "name" and
+    "initializer_token" (a word that the token starts from) are optional. Relative folders start at the file.
 
     A caption is FILE.txt beside FILE.jpg, or "text" beside "file_name" in metadata.jsonl.
 
@@ -84,6 +92,29 @@ def load_concepts(source: Path) -> list[Concept]:
     check_distinct("concept's name", [c.name for c in concepts])
     check_distinct("concept's token", [c.token for c in concepts])
     return concepts
+
+
+def with_initializers(concepts: Sequence[Concept], words: str | Mapping[str, str]) -> list[Concept]:
+    """The concepts with another initializer_token: one word for all of them, or a word for each of these names.
+
+    Raises InputError for a name that no concept has.
+    """
+    names = [concept.name for concept in concepts]
+    words = dict.fromkeys(names, words) if isinstance(words, str) else words
+    if unknown := sorted(set(words) - set(names)):
+        raise InputError(f"initializer_token names {unknown[0]!r}, which is no concept; the concepts are {', '.join(names)}")
+    return [replace(concept, initializer_token=words.get(concept.name, concept.initializer_token)) for concept in concepts]
+
+
+def parse_initializers(given: Sequence[str]) -> str | dict[str, str]:
+    """What `with_initializers` takes, from the command line: a single WORD, or NAME=WORD for each of some concepts."""
+    if len(given) == 1 and "=" not in given[0]:
+        return given[0]
+    words = [(name, word) for name, _, word in (text.rpartition("=") for text in given)]
+    if not all(name for name, _ in words) or len(dict(words)) < len(words):
+        raise InputError(f"initializer_token must be one WORD, or NAME=WORD once for a concept, got {', '.join(given)}; write "
+                         "for instance cat=animal")
+    return dict(words)
 
 
 def _from_folder(root: Path) -> list[Concept]:
@@ -123,17 +154,18 @@ def _from_entry(entry: dict[str, Any], where: str, root: Path) -> Concept:
     # the folder may be missing: other trainers fill it themselves
     others = root / entry["class_data_dir"] if "class_data_dir" in entry else None
     of_class = tuple(list_images(others)) if others is not None and others.is_dir() and "class_prompt" in entry else ()
-    return _concept(root / entry["instance_data_dir"], name, found[0], prompt, entry.get("class_prompt"), of_class)
+    return _concept(root / entry["instance_data_dir"], name, found[0], prompt, entry.get("class_prompt"), of_class,
+                    entry.get("initializer_token"))
 
 
 def _concept(folder: Path, name: str, token: str, prompt: str, class_prompt: str | None = None,
-             class_images: tuple[Path, ...] = ()) -> Concept:
+             class_images: tuple[Path, ...] = (), initializer: str | None = None) -> Concept:
     images = list_images(folder)
     if not images:
         raise InputError(f"the folder {str(folder)!r} of {name!r} holds no pictures ({', '.join(SUFFIXES)}); put some into it")
     written = _captions(folder, images)
     captions = tuple(written.get(image, prompt) for image in images) if written else None
-    return Concept(name, tuple(images), prompt, token, class_prompt, captions, class_images)
+    return Concept(name, tuple(images), prompt, token, class_prompt, captions, class_images, initializer)
 
 
 def _text(data: bytes, where: str) -> str:

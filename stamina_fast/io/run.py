@@ -5,6 +5,9 @@
     tasks/NN-name/             factors.safetensors, token.safetensors, curve.json, task.json; and pictures, not hashed
     checkpoint-NN-STEP.safetensors   the state of an unfinished task after STEP steps, hashed in the manifest too
 
+token.safetensors is a textual inversion: {token: [n, d]}, which diffusers' load_textual_inversion reads. A model with two text
+encoders has {"clip_l": [n, d], "clip_g": [n, d]}, as is usual for Stable Diffusion XL; it reads one of them at a time.
+
 A task's files are written and made durable before the manifest is replaced. So a run that is killed at any moment has a task
 whole or not at all.
 """
@@ -15,6 +18,7 @@ import contextlib
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 from torch import Tensor
 
@@ -38,6 +42,8 @@ from .files import (
 )
 from .names import check_distinct, inside, safe_name
 
+# what files of textual inversions call the text encoders where there are two
+ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 FILES = ("factors.safetensors", "token.safetensors", "curve.json", "task.json")
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
@@ -81,7 +87,10 @@ class _Manifest(BaseModel):
 
 
 class Task(NamedTuple):
-    """A finished task: tensors by name, a row of the curve for each step that was read, and task.json as `info`."""
+    """A finished task: tensors by name, a row of the curve for each step that was read, and task.json as `info`.
+
+    token holds the embeddings of each text encoder: [d], or [n, d] for a token of n vectors, n > 1.
+    """
 
     factors: dict[str, Tensor]
     token: dict[str, Tensor]
@@ -95,6 +104,18 @@ class Checkpoint(NamedTuple):
     task: str
     step: int
     tensors: dict[str, Tensor]
+
+
+def to_inversion(embeddings: dict[str, Tensor], token: str | None) -> dict[str, Tensor]:
+    """Embeddings [d] or [n, d] by text encoder as a textual inversion's file has them, [n, d]."""
+    names = {"text_encoder": token or "text_encoder"} if len(embeddings) == 1 else ENCODERS
+    return {names.get(part, part): torch.atleast_2d(rows) for part, rows in embeddings.items()}
+
+
+def from_inversion(file: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What `to_inversion` was given. Files of older runs have it as it is: [d] by text encoder."""
+    parts = dict.fromkeys(file, "text_encoder") if len(file) == 1 else {name: part for part, name in ENCODERS.items()}
+    return {parts.get(name, name): rows[0] if len(rows) == 1 and rows.ndim == 2 else rows for name, rows in file.items()}
 
 
 class Run:
@@ -152,8 +173,9 @@ class Run:
                     info: dict[str, Any], folded_by: dict[str, str] | None = None) -> Path:
         """Store a finished task and return its folder. From then on it survives a crash and a power loss.
 
-        folded_by: backend and device that folded it; there `factors` give the same bits again. Raises InputError for a name
-        that is taken, and FileError if the disk refuses. Earlier tasks are left as they were in either case.
+        token: embeddings [d] or [n, d] by text encoder; info["token"] names them. folded_by: backend and device that folded
+        it; there `factors` give the same bits again. Raises InputError for a name that is taken, and FileError if the disk
+        refuses. Earlier tasks are left as they were in either case.
         """
         manifest = self._read()
         check_distinct("task's name", [*(task.name for task in manifest.tasks), name])
@@ -163,7 +185,7 @@ class Run:
             path = make_folder(inside(self.path, "tasks", folder))
             files = {
                 "factors.safetensors": write_tensors(path / "factors.safetensors", factors),
-                "token.safetensors": write_tensors(path / "token.safetensors", token),
+                "token.safetensors": write_tensors(path / "token.safetensors", to_inversion(token, info.get("token"))),
                 "curve.json": write_json(path / "curve.json", curve),
                 "task.json": write_json(path / "task.json", info),
             }
@@ -207,7 +229,7 @@ class Run:
         path, files = inside(self.path, "tasks", record.folder), record.files
         return Task(
             read_tensors(path / "factors.safetensors", files["factors.safetensors"]),
-            read_tensors(path / "token.safetensors", files["token.safetensors"]),
+            from_inversion(read_tensors(path / "token.safetensors", files["token.safetensors"])),
             read_json(path / "curve.json", files["curve.json"]),
             read_json(path / "task.json", files["task.json"]),
         )

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from stamina_fast.errors import FileError, InputError, StaminaError
-from stamina_fast.io.concepts import Concept, load_concepts
+from stamina_fast.io.concepts import Concept, load_concepts, parse_initializers, with_initializers
 
 
 def fill(folder, count=2, suffix=".png"):
@@ -59,6 +59,26 @@ def test_the_list_of_diffusers(tmp_path):
     assert len(concepts[1].images) == 2
 
 
+def test_a_word_to_start_from(tmp_path):
+    fill(tmp_path / "a")
+    entry = {"instance_data_dir": "a"}
+    path = listed(tmp_path, {"instance_prompt": "a <cat>", "initializer_token": "animal", **entry},
+                  {"instance_prompt": "a <cup>", **entry})
+    concepts = load_concepts(path)
+    assert [c.initializer_token for c in concepts] == ["animal", None]
+    for given, words in ((["thing"], ["thing", "thing"]), (["cup=mug"], ["animal", "mug"]),
+                         (["cup=mug", "cat=pet"], ["pet", "mug"])):
+        assert [c.initializer_token for c in with_initializers(concepts, parse_initializers(given))] == words
+    with pytest.raises(InputError, match="'dog', which is no concept; the concepts are cat, cup"):
+        with_initializers(concepts, parse_initializers(["cup=mug", "dog=pet"]))
+
+
+@pytest.mark.parametrize("given", [["pet", "thing"], ["pet", "cup=mug"], ["=pet"], ["cup=mug", "cup=pet"]])
+def test_words_to_start_from_that_are_unclear(given):
+    with pytest.raises(InputError, match="must be one WORD, or NAME=WORD"):
+        parse_initializers(given)
+
+
 def test_captions(tmp_path):
     folder = fill(tmp_path / "cat", 4)
     (folder / "0.txt").write_text("  <cat> on a\n table ")
@@ -92,6 +112,8 @@ def test_bad_captions(tmp_path, file, text, said):
     ({"instance_data_dir": "missing"}, "missing"), ({"instance_data_dir": "empty"}, "holds no pictures"),
     ({"instance_promt": "x"}, "unknown key 'instance_promt'"),
     ({"name": "a\nb"}, "printable text"), ({"token": "two words"}, "one word"), ({"token": ""}, "one word"),
+    ({"initializer_token": "two words"}, "must be one word"), ({"initializer_token": ""}, "must be one word"),
+    ({"initializer_token": 3}, "must be text"),
 ])
 def test_bad_entries(tmp_path, change, said):
     fill(tmp_path / "a")

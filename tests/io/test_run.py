@@ -11,17 +11,19 @@ import time
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stamina_fast.errors import FileError, InputError
 from stamina_fast.io.files import write_json
-from stamina_fast.io.run import FILES, Run
+from stamina_fast.io.run import FILES, Run, from_inversion
 
 CONFIG = {"model": "tiny", "steps": 3, "rates": [0.1, 1e-05], "name": "ä"}
 
 
 def task(i):
     factors = {"down.a": torch.full((2, 2), float(i)), "down.b": torch.arange(3.0) * i}
-    return factors, {"text_encoder": torch.ones(4) * i}, [{"step": i, "loss": 0.5}], {"seconds": i, "steps": 3}
+    info = {"token": "<one>", "seconds": i, "steps": 3}
+    return factors, {"text_encoder": torch.ones(4) * i}, [{"step": i, "loss": 0.5}], info
 
 
 def commit(run, i, name=None):
@@ -41,6 +43,31 @@ def check(run, count):
 
 def partials(path):
     return [p for p in path.rglob("*") if p.name.endswith(".partial")]
+
+
+TOKENS = {
+    "one vector": ({"text_encoder": torch.ones(4)}, {"<one>": [1, 4]}),
+    "three": ({"text_encoder": torch.ones(3, 4)}, {"<one>": [3, 4]}),
+    "two encoders": ({"text_encoder": torch.ones(4), "text_encoder_2": torch.zeros(6)}, {"clip_l": [1, 4], "clip_g": [1, 6]}),
+    "both": ({"text_encoder": torch.ones(3, 4), "text_encoder_2": torch.zeros(3, 6)}, {"clip_l": [3, 4], "clip_g": [3, 6]}),
+}
+
+
+@pytest.mark.parametrize(("token", "shapes"), TOKENS.values(), ids=TOKENS)
+def test_a_tokens_file_is_a_textual_inversion(tmp_path, token, shapes):
+    run = Run.create(tmp_path, CONFIG)
+    folder = run.commit_task("x", {}, token, [], {"token": "<one>"})
+    assert {name: list(rows.shape) for name, rows in load_file(folder / "token.safetensors").items()} == shapes
+    loaded = run.load_task("x").token
+    assert set(loaded) == set(token)
+    assert all(torch.equal(loaded[part], rows) for part, rows in token.items())
+
+
+@pytest.mark.parametrize("token", [value for value, _ in TOKENS.values()], ids=TOKENS)
+def test_a_tokens_file_of_an_older_run_is_read(token):
+    loaded = from_inversion(dict(token))
+    assert set(loaded) == set(token)
+    assert all(torch.equal(loaded[part], rows) for part, rows in token.items())
 
 
 def test_what_is_committed_is_loaded(tmp_path):
