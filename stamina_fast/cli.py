@@ -124,20 +124,26 @@ def train(
     cache_latents: Annotated[Path | None, typer.Option(help="Folder that keeps encoded pictures for other runs.")] = None,
     capture: Annotated[bool | None, typer.Option(help="The step as one CUDA graph. Default: where there is a GPU.")] = None,
     save_every: Annotated[int, typer.Option(min=0, help="Steps between checkpoints within a concept; 0: none.")] = 0,
+    initializer_token: Annotated[
+        list[str] | None, typer.Option(metavar="WORD|NAME=WORD", help="Word that a token starts from; NAME=… may be repeated."),
+    ] = None,
+    token_vectors: Annotated[int, typer.Option(min=1, help="Vectors of a token: <cat>, <cat>_1, …, as in diffusers.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last concept, or checkpoint, of RUN.")] = False,
 ) -> None:
     """Learn every concept in turn, and fold each into the weights before the next."""
+    from .io.concepts import parse_initializers
     from .training import train as run
     from .training.ranks import rank_here
 
     quiet()
     options = {"rank": rank, "batch": batch, "learning_rate": learning_rate, "device": device, "cache_latents": cache_latents,
-               "capture": capture}
+               "capture": capture, "initializer_token": parse_initializers(initializer_token) if initializer_token else None}
     given = {name: value for name, value in options.items() if value is not None}
     run(
         model, concepts, output, method=method, steps=steps, seed=seed, resume=resume, accumulate=accumulate, compile=compile,
         gradient_checkpointing=gradient_checkpointing, prior_weight=prior_weight, channels_last=channels_last,
         aspect_buckets=aspect_buckets, attention=attention, optimizer=optimizer, save_every=save_every, scale_lr=scale_lr,
+        token_vectors=token_vectors,
         **given,
     )
     if rank_here() == 0:

@@ -19,6 +19,7 @@ from tinyruns import tensors, write_concepts
 from typer.testing import CliRunner
 
 from stamina_fast import cli
+from stamina_fast.adapter.config import StaminaConfig
 from stamina_fast.cli import app
 from stamina_fast.training import TrainOptions
 
@@ -65,7 +66,8 @@ def test_the_trainer_gets_every_option(model, photos, tmp_path, monkeypatch):
     """What the command line says, by the trainer's own names; what it leaves out is left to the trainer."""
     heard, trainer = {}, importlib.import_module("stamina_fast.training")
     monkeypatch.setattr(trainer, "train", lambda *places, **options: heard.update(options))
-    given = {"accumulate": 2, "prior_weight": 0.5, "attention": "math", "cache_latents": tmp_path / "kept", "save_every": 7}
+    given = {"accumulate": 2, "prior_weight": 0.5, "attention": "math", "cache_latents": tmp_path / "kept", "save_every": 7,
+             "token_vectors": 3}
     flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", value)]
     switches = ("gradient_checkpointing", "channels_last", "compile")
     more = [f"--{name.replace('_', '-')}" for name in switches]
@@ -74,11 +76,23 @@ def test_the_trainer_gets_every_option(model, photos, tmp_path, monkeypatch):
     assert {name: heard[name] for name in given} == given
     assert all(heard[name] is True for name in switches)
     assert heard["capture"] is False
+    for words, wanted in ((("pet",), "pet"), (("cat=pet", "my cup=mug"), {"cat": "pet", "my cup": "mug"})):
+        assert call(*places, *(part for word in words for part in ("--initializer-token", word))).exit_code == 0
+        assert heard["initializer_token"] == wanted
     heard.clear()
     assert call(*places).exit_code == 0
     defaults = TrainOptions().as_dict()
     assert all(defaults[name] == value for name, value in heard.items() if name in defaults)
-    assert "capture" not in heard
+    assert not {"capture", "initializer_token"} & set(heard)
+    assert heard["token_vectors"] == StaminaConfig().token_vectors
+
+
+def test_words_to_start_from_that_do_not_fit(model, photos, tmp_path):
+    places = ("train", "--model", model, "--concepts", photos, "--output", tmp_path / "run", *SMALL)
+    for words, say in ((("dog=pet",), ("'dog'", "cat, cup")), (("photograph",), ("'photograph'", "choose a more common word")),
+                       (("pet", "cat=pet"), ("NAME=WORD", "cat=animal"))):
+        refused(*places, *(part for word in words for part in ("--initializer-token", word)), say=say)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=lambda names: " ".join(names) or "all")

@@ -196,7 +196,7 @@ class Ours(Arm):
         ids = trainer.backbone.tokenise(list(self.lesson.concept.texts))
         bank = self.lesson.bank
         self.train = trainer.prepare(bank.mean.shape[1:], [part.shape[1] for part in ids])
-        self.captured = Captured(self.train, recorder(self.wanted, trainer.device), tasks=1)
+        self.captured = Captured(self.train, recorder(self.wanted, trainer.device), rows=1)
         self.feed = Feed(bank, ids, self.case.pixels, trainer.diffusion.steps, derive_seed(SEED, "feed"))
         self.open.enter_context(stepping(self.pipeline.unet, options))
         self.open.enter_context(self.captured.tables.held())

@@ -113,7 +113,9 @@ class Sampler:
         tokens, seed = self.adapters.tokens, self.run.config["train"]["seed"]
         self.progress.begin("base model", self.samples.how["count"] * len(self.guidance) * len(self.tasks))
         for j, task in enumerate(self.tasks):
-            tokens.begin(task.info["token"], derive_seed(derive_seed(seed, "task", j), "token"))
+            # task.json of older runs names no word to start from
+            start = derive_seed(derive_seed(seed, "task", j), "token"), task.info.get("initializer_token")
+            tokens.begin(task.info["token"], *start)
             self._draw(BASE, j)
             tokens.discard()
             tokens.add(task.info["token"], task.token)

@@ -95,6 +95,13 @@ def cached_projections(unet_or_pipeline) -> Iterator[None]:
             module.__class__ = nn.Linear
 
 
+def with_all_vectors(prompts: list[str], tokenizer) -> list[str]:
+    """The prompts with all vectors of each token, as diffusers' pipelines write them: <cat> becomes '<cat> <cat>_1 …'."""
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    return TextualInversionLoaderMixin().maybe_convert_prompt(prompts, tokenizer)
+
+
 def check_tokens(pipeline, prompt: str) -> None:
     """Raise InputError when `prompt` holds a <token> that the pipeline's tokenizers do not know."""
     for name in ("tokenizer", "tokenizer_2"):
@@ -104,7 +111,9 @@ def check_tokens(pipeline, prompt: str) -> None:
         added = set(tokenizer.get_added_vocab())
         for token in re.findall(r"<[^<>\s]+>", prompt):
             if token not in added:
-                known = ", ".join(sorted(t for t in added if not t.startswith("<|"))) or "none"
+                # the vectors of a token are named after it
+                names = {t for t in added if not t.startswith("<|") and re.sub(r"_\d+$", "", t) not in added - {t}}
+                known = ", ".join(sorted(names)) or "none"
                 raise InputError(f"the prompt holds {token}, which this model has not learned; it knows {known}")
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..pipeline.sampling import with_all_vectors
 
 
 class Backbone:
-    """Turns prompts into ids, ids into text states, and text states into a prediction, with one text encoder or two."""
+    """Turns prompts into ids, ids into text states, and text states into a prediction, with one text encoder or two.
 
-    def __init__(self, pipeline):
-        self.unet = pipeline.unet
+    vectors: how many a concept's token has (`StaminaConfig.token_vectors`).
+    """
+
+    def __init__(self, pipeline, vectors: int = 1):
+        self.unet, self.vectors = pipeline.unet, vectors
         second = getattr(pipeline, "text_encoder_2", None)
         self.double = second is not None
         self.tokenizers = [pipeline.tokenizer] + ([pipeline.tokenizer_2] if self.double else [])
@@ -20,22 +26,32 @@ class Backbone:
         # the U-Net of Stable Diffusion XL also takes the pooled text and six numbers about the picture's frame
         self.framed = self.unet.config.addition_embed_type == "text_time"
 
-    def check_prompts(self, prompts: list[str], token: str) -> None:
-        """Raise InputError for a token that the model knows already, or a prompt that it would truncate."""
+    def check_prompts(self, prompts: list[str], token: str, earlier: Sequence[str] = ()) -> None:
+        """Raise InputError for a token that the model knows already, or a prompt that it would truncate.
+
+        earlier: tokens that it will have learned by then.
+        """
+        # each vector of a token will be one id, as "a" is
+        ids = " ".join(["a"] * self.vectors)
         for tokenizer in self.tokenizers:
             if token in tokenizer.get_vocab():
                 raise InputError(f"the model knows the token {token} already; choose a new one, such as '<my-cat>'")
             for prompt in prompts:
-                # the token will be one id, as "a" is
-                length = len(tokenizer(prompt.replace(token, "a")).input_ids)
+                text = prompt.replace(token, ids)
+                for known in earlier:
+                    text = text.replace(known, ids)
+                length = len(tokenizer(text).input_ids)
                 if length > tokenizer.model_max_length:
                     most = tokenizer.model_max_length
                     raise InputError(f"the prompt {prompt!r} has {length} tokens, the model reads {most}; shorten it")
 
     def tokenise(self, prompts: list[str]) -> list[Tensor]:
-        """Ids [prompts, length] int64 of each tokenizer, padded to the model's length."""
+        """Ids [prompts, length] int64 of each tokenizer, padded to the model's length, with all vectors of each token."""
         return [
-            tokenizer(prompts, padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+            tokenizer(
+                with_all_vectors(prompts, tokenizer), padding="max_length", max_length=tokenizer.model_max_length,
+                return_tensors="pt",
+            ).input_ids
             for tokenizer in self.tokenizers
         ]
 

@@ -67,18 +67,18 @@ class Captured:
     A step that cannot be recorded is reported once, and training goes on uncaptured with the same bits. An optimizer that
     keeps numbers on the host is not recorded: its update runs after the recording of everything else.
 
-    tasks       the most tasks there will be
+    rows        the most rows by which the tables of the text encoders will grow
     tables      those of a step of another shape, to share them; None: new ones
     recordings  how often the step was recorded
     """
 
-    def __init__(self, step: Step, recorder: CudaRecorder | None, tasks: int, tables: Tables | None = None):
+    def __init__(self, step: Step, recorder: CudaRecorder | None, rows: int, tables: Tables | None = None):
         self.step, self.recorder = step, recorder
         self.recorded = step if step.optimizer.capturable else step.gradient_
         if recorder is not None and tables is None and not step.optimizer.capturable:
             log.warning("the optimizer counts on the host: its step cannot be captured, and runs behind the captured rest")
         encoders = step.backbone.encoders if recorder is not None else []
-        self.tables = tables or Tables([encoder.get_input_embeddings() for encoder in encoders], tasks)
+        self.tables = tables or Tables([encoder.get_input_embeddings() for encoder in encoders], rows)
         self.warmed = self.recordings = 0
         self.addresses: list[int] | None = None
 
@@ -127,7 +127,7 @@ def reason(error: BaseException) -> str:
 
 
 class Tables:
-    """Keeps embedding tables at one address, although each task adds a row to each of them.
+    """Keeps embedding tables at one address, although each task adds rows to each of them.
 
     embeddings  the modules; their tables are not trained
     more        the most rows that will be added

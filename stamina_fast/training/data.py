@@ -6,6 +6,7 @@ of the concept have.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,9 +41,12 @@ class Loader:
         self.sizes = crop_sizes(side, multiple) if options.aspect_buckets else [(side, side)]
         self.vae_digest: str | None = None
 
-    def check(self, concept: Concept) -> None:
-        """Raise InputError for a concept whose prompts the model cannot read, or whose class pictures are missing."""
-        self.backbone.check_prompts(list(concept.texts), concept.token)
+    def check(self, concept: Concept, earlier: Sequence[str] = ()) -> None:
+        """Raise InputError for a concept whose prompts the model cannot read, or whose class pictures are missing.
+
+        earlier: the tokens of earlier concepts.
+        """
+        self.backbone.check_prompts(list(concept.texts), concept.token, earlier)
         if not self.options.prior_weight:
             return
         if not concept.class_images:
@@ -50,7 +54,7 @@ class Loader:
                 f"prior_weight needs class pictures, {concept.name!r} has none; fill its class_data_dir and give its "
                 "class_prompt in concepts_list.json, or leave prior_weight out"
             )
-        self.backbone.check_prompts([concept.class_prompt], concept.token)
+        self.backbone.check_prompts([concept.class_prompt], concept.token, earlier)
 
     def load(self, concept: Concept, seed: int) -> TaskData:
         """Decode the concept's pictures, each once, and encode their crops. The pictures are freed when this returns.

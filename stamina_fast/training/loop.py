@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from .. import reopen
 from ..adapter.attach import attach
 from ..adapter.config import StaminaConfig
 from ..errors import InputError, StaminaError
-from ..io.concepts import Concept, load_concepts
+from ..io.concepts import Concept, load_concepts, with_initializers
 from ..io.files import new_folder
 from ..io.progress import Progress
 from ..io.run import Checkpoint, Run
@@ -42,8 +42,8 @@ from .unet import prepared, stepping
 def train(
     model, concepts: str | Path | Sequence[Concept], output: str | Path, *, method: str = "stamina",
     config: StaminaConfig | None = None, options: TrainOptions | None = None, device=None, dtype: torch.dtype | None = None,
-    resume: bool = False, progress: bool = True, on_task: Callable | None = None, on_step: Callable | None = None,
-    **changes,
+    initializer_token: str | Mapping[str, str] | None = None, resume: bool = False, progress: bool = True,
+    on_task: Callable | None = None, on_step: Callable | None = None, **changes,
 ) -> Run:
     """Teach `model` the concepts one after another, folding each into its weights, and return the RUN folder.
 
@@ -54,6 +54,8 @@ def train(
     method    a name in `methods.METHODS`
     config, options   where the method starts from; **changes are fields of either (`steps=300, rank=8, seed=1`)
     device, dtype     where the model runs and in which dtype (`load_pipeline`); factors, losses and masters are always fp32
+    initializer_token   the word that each concept's token starts from, or a word for the concept of a name; it comes before
+              those that the concepts name themselves
     resume    go on with the run in `output`: its finished concepts are kept and not learned again
     on_task   called as on_task(pipeline, run, concept) when a concept is folded and stored; the pipeline can be sampled then
     on_step   called as on_step(step, task, i) before step i of a task is made; both count from 0. `step` is the `step.Step`
@@ -75,6 +77,8 @@ def train(
         concepts = load_concepts(Path(concepts)) if isinstance(concepts, str | Path) else list(concepts)
         if not concepts:
             raise InputError("there are no concepts to learn; give at least one")
+        if initializer_token is not None:
+            concepts = with_initializers(concepts, initializer_token)
         described = [describe(concept, options.prior_weight > 0) for concept in concepts]
         named = isinstance(model, str | Path)
         pipeline = load_pipeline(model, ranks.device(device) if named or device is not None else None, dtype)
@@ -125,11 +129,12 @@ class Trainer:
         self.config, self.options, self.device = config, options, pipeline.unet.device
         # raises where capture is asked for and impossible
         recorder(options.capture, self.device)
-        self.backbone = Backbone(pipeline)
+        self.backbone = Backbone(pipeline, config.token_vectors)
         self.diffusion = Diffusion(pipeline.scheduler, self.device, options.min_snr)
         self.loader = Loader(pipeline, self.backbone, options, self.diffusion.steps, self.ranks)
-        for concept in concepts:
-            self.loader.check(concept)
+        for i, concept in enumerate(concepts):
+            self.loader.check(concept, [before.token for before in concepts[:i]])
+            adapters.tokens.check_start(concept.initializer_token)
         self.step: Step | None = None
         self.captured: dict[CropSize, Captured] = {}
 
@@ -191,7 +196,7 @@ class Trainer:
     def begin(self, concept: Concept, seed: int) -> TaskData:
         """Begin a task: fresh factors, a fresh token, its data, and a step for each of its crop sizes."""
         self.adapters.reset_(derive_seed(seed, "factors"))
-        self.adapters.tokens.begin(concept.token, derive_seed(seed, "token"))
+        self.adapters.tokens.begin(concept.token, derive_seed(seed, "token"), concept.initializer_token)
         data = self.loader.load(concept, seed)
         for size, feed in data.feeds.items():
             if size not in self.captured:
@@ -201,10 +206,11 @@ class Trainer:
     def captured_for(self, feed: Feed) -> Captured:
         """A step for the latents of a feed, which serves all tasks."""
         latent, recorded_by = feed.bank.mean.shape[1:], recorder(self.options.capture, self.device)
+        rows = len(self.concepts) * self.config.token_vectors
         if self.step is not None:
-            return Captured(self.step.of_shape(latent), recorded_by, len(self.concepts), self.tables)
+            return Captured(self.step.of_shape(latent), recorded_by, rows, self.tables)
         self.step = self.prepare(latent, [part.shape[1] for part in feed.ids])
-        captured = Captured(self.step, recorded_by, len(self.concepts))
+        captured = Captured(self.step, recorded_by, rows)
         self.tables = captured.tables
         return captured
 
@@ -271,8 +277,9 @@ class Trainer:
 
     def commit(self, run: Run, concept: Concept, curve: list[dict], seconds: float, density: float, embeddings: dict) -> None:
         """Store a folded task."""
-        info = {"name": concept.name, "token": concept.token, "prompt": concept.prompt, "seconds": seconds, "density": density,
-                "steps": self.options.steps, "pictures": len(concept.images)}
+        info = {"name": concept.name, "token": concept.token, "initializer_token": concept.initializer_token,
+                "prompt": concept.prompt, "seconds": seconds, "density": density, "steps": self.options.steps,
+                "pictures": len(concept.images)}
         run.commit_task(concept.name, self.adapters.tasks[concept.name], embeddings, curve, info, folded_by=self.folded_by())
 
     def folded_by(self) -> dict[str, str]:

@@ -31,8 +31,8 @@ def describe(concept: Concept, prior: bool) -> dict:
     Checks the pictures on the way (`images.check_image`), the class pictures only where `prior`. Nothing is decoded.
     """
     said = {"name": concept.name, "token": concept.token, "prompt": concept.prompt, "class_prompt": concept.class_prompt,
-            "texts": list(concept.texts), "folder": str(concept.images[0].resolve().parent),
-            "pictures": digest_of(concept.images)}
+            "initializer_token": concept.initializer_token, "texts": list(concept.texts),
+            "folder": str(concept.images[0].resolve().parent), "pictures": digest_of(concept.images)}
     return said | ({"class_pictures": digest_of(concept.class_images)} if prior else {})
 
 
