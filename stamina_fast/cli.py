@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from .errors import StaminaError
+from .errors import StaminaError, StaminaWarning
 
 
 def explain(error: Exception) -> str:
@@ -45,7 +45,7 @@ class Commands(TyperGroup):
 
 
 def quiet() -> None:
-    """Hide progress bars and warnings of diffusers and transformers."""
+    """Hide progress bars and warnings of diffusers and transformers, and print our own warnings as one line each."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -53,6 +53,13 @@ def quiet() -> None:
         library.set_verbosity_error()
         library.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers")
+    warnings.filterwarnings("always", category=StaminaWarning)
+    warnings.formatwarning = one_line
+
+
+def one_line(message, category, *where, usual=warnings.formatwarning) -> str:
+    """A warning as the command line prints it: ours without the place in the code that gave it."""
+    return f"stamina-fast: {message}\n" if issubclass(category, StaminaWarning) else usual(message, category, *where)
 
 
 app = typer.Typer(

@@ -1,4 +1,4 @@
-"""Errors that a user can put right. Every message is one line: what was given, what is wanted, what to do."""
+"""Errors and warnings that a user can put right. Every message is one line: what was given, what is wanted, what to do."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ class StaminaError(Exception):
 
 class InputError(StaminaError, ValueError):
     """A value, name, prompt or picture that cannot be used."""
+
+
+class StaminaWarning(UserWarning):
+    """Something that works, but hardly as it is meant to. The command line prints it as one line."""
 
 
 class FileError(StaminaError, OSError):

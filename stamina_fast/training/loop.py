@@ -35,6 +35,7 @@ from .optimizers import check_optimizer, make_optimizer
 from .options import TrainOptions
 from .ranks import Ranks, digest, together
 from .record import describe, open_run, record_of
+from .start import share_of_a_word, warn_of_little_say
 from .step import LOSSES, Buffers, Step
 from .unet import prepared, stepping
 
@@ -194,10 +195,17 @@ class Trainer:
         return self.curve(density), time.perf_counter() - start
 
     def begin(self, concept: Concept, seed: int) -> TaskData:
-        """Begin a task: fresh factors, a fresh token, its data, and a step for each of its crop sizes."""
+        """Begin a task: fresh factors, a fresh token, its data, and a step for each of its crop sizes.
+
+        Warns of a token that starts with little say in the picture.
+        """
         self.adapters.reset_(derive_seed(seed, "factors"))
         self.adapters.tokens.begin(concept.token, derive_seed(seed, "token"), concept.initializer_token)
         data = self.loader.load(concept, seed)
+        if self.ranks.rank == 0:
+            feed = next(iter(data.feeds.values()))
+            share = share_of_a_word(self.backbone, self.adapters, self.diffusion, feed, derive_seed(seed, "start"))
+            warn_of_little_say(share, concept)
         for size, feed in data.feeds.items():
             if size not in self.captured:
                 self.captured[size] = self.captured_for(feed)
