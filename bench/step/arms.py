@@ -186,7 +186,7 @@ class Ours(Arm):
         ) + ("; one CUDA graph" if captured else "") + "".join(f"; {name}: {value}" for name, value in case.choices.items())
 
     def start(self) -> None:
-        config, options = settings("stamina", StaminaConfig(), self.case.options, {})
+        config, options, _ = settings("stamina", StaminaConfig(), self.case.options, {})
         self.open.enter_context(prepared(self.pipeline.unet, options))
         adapters = Plain(self.pipeline, config) if self.backend is None else sf.attach(self.pipeline, config)
         self.open.callback(adapters.detach)

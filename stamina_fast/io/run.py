@@ -2,7 +2,8 @@
 
     config.yaml                the model, the concepts and all options
     manifest.json              {"tasks": [{"name", "sha256", "folder", "files", "folded_by"}, …], "config", "sha256"}
-    tasks/NN-name/             factors.safetensors, token.safetensors, curve.json, task.json; and pictures, not hashed
+    tasks/NN-name/             factors.safetensors, token.safetensors, curve.json, task.json; method.safetensors if the method
+                               keeps more of a task; and pictures, not hashed
     checkpoint-NN-STEP.safetensors   the state of an unfinished task after STEP steps, hashed in the manifest too
 
 token.safetensors is a textual inversion: {token: [n, d]}, which diffusers' load_textual_inversion reads. A model with two text
@@ -45,6 +46,7 @@ from .names import check_distinct, inside, safe_name
 # what files of textual inversions call the text encoders where there are two
 ENCODERS = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}
 FILES = ("factors.safetensors", "token.safetensors", "curve.json", "task.json")
+KEPT = "method.safetensors"
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -90,12 +92,14 @@ class Task(NamedTuple):
     """A finished task: tensors by name, a row of the curve for each step that was read, and task.json as `info`.
 
     token holds the embeddings of each text encoder: [d], or [n, d] for a token of n vectors, n > 1.
+    kept: what the training method stored to go on after this task, by name; {} for most methods.
     """
 
     factors: dict[str, Tensor]
     token: dict[str, Tensor]
     curve: list[dict[str, Any]]
     info: dict[str, Any]
+    kept: dict[str, Tensor]
 
 
 class Checkpoint(NamedTuple):
@@ -170,12 +174,13 @@ class Run:
         return inside(self.path, "tasks", self._record(name).folder)
 
     def commit_task(self, name: str, factors: dict[str, Tensor], token: dict[str, Tensor], curve: list[dict[str, Any]],
-                    info: dict[str, Any], folded_by: dict[str, str] | None = None) -> Path:
+                    info: dict[str, Any], folded_by: dict[str, str] | None = None,
+                    kept: dict[str, Tensor] | None = None) -> Path:
         """Store a finished task and return its folder. From then on it survives a crash and a power loss.
 
         token: embeddings [d] or [n, d] by text encoder; info["token"] names them. folded_by: backend and device that folded
-        it; there `factors` give the same bits again. Raises InputError for a name that is taken, and FileError if the disk
-        refuses. Earlier tasks are left as they were in either case.
+        it; there `factors` give the same bits again. kept: see `Task`. Raises InputError for a name that is taken, and
+        FileError if the disk refuses. Earlier tasks are left as they were in either case.
         """
         manifest = self._read()
         check_distinct("task's name", [*(task.name for task in manifest.tasks), name])
@@ -189,6 +194,8 @@ class Run:
                 "curve.json": write_json(path / "curve.json", curve),
                 "task.json": write_json(path / "task.json", info),
             }
+            if kept:
+                files[KEPT] = write_tensors(path / KEPT, kept)
             manifest.tasks.append(
                 _Record(name=name, sha256=files["factors.safetensors"], folder=folder, files=files, folded_by=folded_by)
             )
@@ -232,6 +239,7 @@ class Run:
             from_inversion(read_tensors(path / "token.safetensors", files["token.safetensors"])),
             read_json(path / "curve.json", files["curve.json"]),
             read_json(path / "task.json", files["task.json"]),
+            read_tensors(path / KEPT, files[KEPT]) if KEPT in files else {},
         )
 
     def _record(self, name: str) -> _Record:
@@ -249,7 +257,7 @@ class Run:
         except ValueError as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else " ".join(str(error).split())
             raise FileError(f"{str(path)!r} is damaged: {reason}; restore it from a copy") from error
-        whole = all(set(task.files) == set(FILES) and task.files[FILES[0]] == task.sha256 for task in manifest.tasks)
+        whole = all(set(task.files) - {KEPT} == set(FILES) and task.files[FILES[0]] == task.sha256 for task in manifest.tasks)
         if not (sound and whole):
             raise FileError(f"{str(path)!r} is damaged: it does not match its own checksum; restore it from a copy")
         return manifest

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +26,18 @@ from .ranks import Ranks, digest
 from .step import Buffers
 
 
+class Drawn(NamedTuple):
+    """Pictures besides the concept's own, of which each row of a batch shows one with probability `share`.
+
+    images  [3, H, W] each, floats in [-1, 1]
+    texts   a prompt for each
+    """
+
+    images: list[Tensor]
+    texts: list[str]
+    share: float
+
+
 class Loader:
     """Loads the data of a task: what does not change from task to task.
 
@@ -33,7 +46,8 @@ class Loader:
 
     def __init__(self, pipeline, backbone: Backbone, options: TrainOptions, timesteps: int, ranks: Ranks):
         self.vae, self.backbone, self.options, self.timesteps, self.ranks = pipeline.vae, backbone, options, timesteps, ranks
-        side, levels = options.resolution or resolution_of(pipeline), len(pipeline.unet.config.block_out_channels)
+        self.side = side = options.resolution or resolution_of(pipeline)
+        levels = len(pipeline.unet.config.block_out_channels)
         multiple = max(2 ** (levels - 1), 8 if options.aspect_buckets else 1) * pipeline.vae_scale_factor
         if side % multiple:
             more = " with aspect_buckets" if options.aspect_buckets else ""
@@ -56,8 +70,10 @@ class Loader:
             )
         self.backbone.check_prompts([concept.class_prompt], concept.token, earlier)
 
-    def load(self, concept: Concept, seed: int) -> TaskData:
+    def load(self, concept: Concept, seed: int, drawn: Drawn | None = None) -> TaskData:
         """Decode the concept's pictures, each once, and encode their crops. The pictures are freed when this returns.
+
+        drawn  pictures to mix in, at every crop size
 
         Raises InputError for a picture that cannot be decoded.
         """
@@ -67,12 +83,16 @@ class Loader:
         cut = options.crops, options.crop_scale, options.flip, derive_seed(seed, "crops")
         for size, chosen in in_buckets(images, self.sizes).items():
             bank, texts = self._bank([images[i] for i in chosen], size, *cut), [concept.texts[i] for i in chosen]
+            if drawn:
+                bank += encode(self.vae, *variants(drawn.images, size, 1, 1.0, False, 0), batch=options.batch)
+                texts += drawn.texts
             if class_images:
                 # at every crop size, since class pictures are in every batch
                 bank += self._bank(class_images, size, 1, 1.0, False, 0)
                 texts += [concept.class_prompt] * len(class_images)
             ids = self.backbone.tokenise(texts)
-            feeds[size] = Feed(bank, ids, size, self.timesteps, derive_seed(seed, "feed"), self.ranks, len(class_images))
+            feeds[size] = Feed(bank, ids, size, self.timesteps, derive_seed(seed, "feed"), self.ranks, len(class_images),
+                               len(drawn.images) if drawn else 0, drawn.share if drawn else 0.0)
         return TaskData(feeds, seed)
 
     def _bank(self, images: list[Tensor], *cut) -> LatentBank:
@@ -109,18 +129,20 @@ class TaskData:
 class Feed:
     """Draws the batch of any step of a task, as a function of (seed, task, step) alone.
 
-    bank       the variants to draw from; the last ones show the `prior` class pictures, one each
+    bank       the variants to draw from; the last ones show the `drawn` pictures, then the `prior` class pictures, one each
     ids        prompts of the pictures, [pictures, length] int64 for each text encoder
     size       what the variants were cut to, in pixels: (height, width), or the side of a square
     timesteps  length of the noise schedule
     ranks      their batches, one behind the other, are the batch that one process of that size would draw
 
-    With class pictures, every second row of a batch shows one of them.
+    With class pictures, every second row of a batch shows one of them. Of the other rows, each shows one of the `drawn`
+    pictures with probability `share`: at random, so that no part of the noise schedule is theirs.
     """
 
     def __init__(self, bank: LatentBank, ids: list[Tensor], size: int | CropSize, timesteps: int, seed: int,
-                 ranks: Ranks | None = None, prior: int = 0):
-        self.prior, self.learned, self.ranks = prior, len(bank) - prior, ranks or Ranks()
+                 ranks: Ranks | None = None, prior: int = 0, drawn: int = 0, share: float = 0.0):
+        self.prior, self.drawn, self.share, self.ranks = prior, drawn, share, ranks or Ranks()
+        self.learned = len(bank) - prior - drawn
         self.bank, self.ids = bank, [part.to(bank.mean.device)[bank.picture] for part in ids]
         self.timesteps, self.seed = timesteps, seed
         self.draw = torch.Generator(device=bank.mean.device)
@@ -136,8 +158,11 @@ class Feed:
         b, rows = self.ranks.rows(len(to.t))
         shape = (b, *to.latents.shape[1:])
         index = torch.randint(self.learned, (b,), generator=draw, device=device)
+        if self.drawn:
+            others = self.learned + torch.randint(self.drawn, (b,), generator=draw, device=device)
+            index = torch.where(torch.rand(b, generator=draw, device=device) < self.share, others, index)
         if self.prior:
-            index[1::2] = self.learned + torch.randint(self.prior, (b // 2,), generator=draw, device=device)
+            index[1::2] = len(self.bank) - self.prior + torch.randint(self.prior, (b // 2,), generator=draw, device=device)
         index = index[rows]
         to.latents.copy_(self.bank.draw(index, torch.randn(shape, generator=draw, device=device)[rows]))
         to.noise.copy_(torch.randn(shape, generator=draw, device=device)[rows])

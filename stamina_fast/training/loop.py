@@ -30,7 +30,7 @@ from .checkpoint import restore_, state
 from .data import Feed, Loader, TaskData, row_weights
 from .diffusion import Diffusion
 from .flat import Flat
-from .methods import settings
+from .methods import Strategy, settings
 from .optimizers import check_optimizer, make_optimizer
 from .options import TrainOptions
 from .ranks import Ranks, digest, together
@@ -53,7 +53,8 @@ def train(
     concepts  a folder with one folder of pictures a concept, a concepts_list.json, or a list of Concept
     output    the RUN folder, which must be new or empty
     method    a name in `methods.METHODS`
-    config, options   where the method starts from; **changes are fields of either (`steps=300, rank=8, seed=1`)
+    config, options   where the method starts from; **changes are fields of either, or options of the method's own
+              (`steps=300, rank=8, seed=1`; `methods.METHODS[method].strategy` has those of its own)
     device, dtype     where the model runs and in which dtype (`load_pipeline`); factors, losses and masters are always fp32
     initializer_token   the word that each concept's token starts from, or a word for the concept of a name; it comes before
               those that the concepts name themselves
@@ -72,7 +73,7 @@ def train(
     Everything random is a function of (seed, task, step), so a run that is killed and resumed ends in the same bits. Raises
     StaminaError in one line. A concept whose numbers stop being finite is rolled back, and the concepts before it are kept.
     """
-    config, options = settings(method, config or StaminaConfig(), options or TrainOptions(), changes)
+    config, options, strategy = settings(method, config or StaminaConfig(), options or TrainOptions(), changes)
     check_optimizer(options.optimizer)
     with together() as ranks:
         concepts = load_concepts(Path(concepts)) if isinstance(concepts, str | Path) else list(concepts)
@@ -85,6 +86,8 @@ def train(
         pipeline = load_pipeline(model, ranks.device(device) if named or device is not None else None, dtype)
         record = {"method": method, "model": str(model) if named else type(model).__name__, "processes": ranks.count}
         record |= record_of(pipeline, config, options) | {"concepts": described}
+        if strategy.own():
+            record["method_options"] = strategy.own()
         if options.attention == "measured":
             record["measured"] = {"attention": kernel_of_run(Path(output), resume, pipeline, options, ranks)}
             options = dataclasses.replace(options, **record["measured"])
@@ -93,7 +96,7 @@ def train(
             adapters = attach(pipeline, config)
             try:
                 # whatever can be refused is refused before a file is written
-                trainer = Trainer(pipeline, adapters, concepts, config, options, ranks)
+                trainer = Trainer(pipeline, adapters, concepts, config, options, ranks, strategy)
                 run = open_run(Path(output), record, resume, ranks)
                 trainer.restore(run)
                 trainer.learn(run, progress and ranks.rank == 0, on_task, on_step)
@@ -124,8 +127,8 @@ class Trainer:
     """
 
     def __init__(self, pipeline, adapters, concepts: Sequence[Concept], config: StaminaConfig, options: TrainOptions,
-                 ranks: Ranks | None = None):
-        self.ranks = ranks or Ranks()
+                 ranks: Ranks | None = None, strategy: Strategy | None = None):
+        self.ranks, self.strategy = ranks or Ranks(), strategy or Strategy()
         self.pipeline, self.adapters, self.concepts = pipeline, adapters, concepts
         self.config, self.options, self.device = config, options, pipeline.unet.device
         # raises where capture is asked for and impossible
@@ -137,11 +140,14 @@ class Trainer:
             self.loader.check(concept, [before.token for before in concepts[:i]])
             adapters.tokens.check_start(concept.initializer_token)
         self.step: Step | None = None
+        self.data: TaskData | None = None
         self.captured: dict[CropSize, Captured] = {}
+        self.strategy.start(self)
 
     def restore(self, run: Run) -> None:
-        """Rebuild the weights after the run's finished tasks, from W_0 and the stored factors."""
+        """Rebuild the weights after the run's finished tasks, from W_0 and the stored factors, and what the method keeps."""
         reopen.restore(self.adapters, run, [task["name"] for task in run.tasks()])
+        self.strategy.restore(self, run)
 
     def learn(self, run: Run, shown: bool, on_task: Callable | None, on_step: Callable | None) -> None:
         """Learn all concepts that the run has not learned yet."""
@@ -167,9 +173,9 @@ class Trainer:
         """
         start, concept, options = time.perf_counter(), self.concepts[task], self.options
         seed = derive_seed(options.seed, "task", task)
-        data = self.begin(concept, seed)
+        data = self.data = self.begin(task, seed)
         first, density = 0, {}
-        with stepping(self.pipeline.unet, options), self.tables.held():
+        with stepping(self.pipeline.unet, options), self.tables.held(), self.strategy.learning(self, task):
             for captured in self.captured.values():
                 captured.begin_(derive_seed(seed, "gate"))
             if saved is not None:
@@ -182,6 +188,7 @@ class Trainer:
                 if on_step is not None:
                     on_step(captured.step, task, i)
                 captured()
+                self.strategy.stepped(self)
                 done = i + 1
                 if done % options.read_every == 0 or done == options.steps:
                     self.check(concept)
@@ -194,14 +201,15 @@ class Trainer:
                         run.save_checkpoint(concept.name, done, state(self.step, done, density, time.perf_counter() - start))
         return self.curve(density), time.perf_counter() - start
 
-    def begin(self, concept: Concept, seed: int) -> TaskData:
+    def begin(self, task: int, seed: int) -> TaskData:
         """Begin a task: fresh factors, a fresh token, its data, and a step for each of its crop sizes.
 
         Warns of a token that starts with little say in the picture.
         """
+        concept, drawn = self.concepts[task], self.strategy.pictures(self, task)
         self.adapters.reset_(derive_seed(seed, "factors"))
         self.adapters.tokens.begin(concept.token, derive_seed(seed, "token"), concept.initializer_token)
-        data = self.loader.load(concept, seed)
+        data = self.loader.load(concept, seed, drawn)
         if self.ranks.rank == 0:
             feed = next(iter(data.feeds.values()))
             share = share_of_a_word(self.backbone, self.adapters, self.diffusion, feed, derive_seed(seed, "start"))
@@ -234,7 +242,7 @@ class Trainer:
         weights = self.config.sparsity_weight, self.config.forgetting_weight
         of_rows = row_weights(self.options.batch, parts, prior, self.device)
         return Step(self.backbone, self.adapters, self.diffusion, optimizer, buffers, self.options.steps, weights,
-                    self.options.gradient_clip, parts, of_rows, self.ranks)
+                    self.options.gradient_clip, parts, of_rows, self.ranks, self.strategy.penalty)
 
     def fill_(self, data: TaskData, i: int) -> Captured:
         """Put in place whatever step i takes from outside; return the step that will run."""
@@ -275,20 +283,23 @@ class Trainer:
         adapters.noise = None
         density = float(adapters.density())
         embeddings = adapters.fold_(concept.name)
+        kept = self.strategy.end(self, task)
         if self.ranks.count > 1:
             weights = {f"stacks.{i}.weight": stack.weight for i, stack in enumerate(adapters.stacks)}
             bits = digest((weights | adapters.tasks[concept.name] | embeddings).items())
             self.ranks.agree(bits, f"folded other bits for {concept.name}, which is not stored: train again with --resume")
         if self.ranks.rank == 0:
-            self.commit(run, concept, curve, seconds, density, embeddings)
+            self.commit(run, concept, curve, seconds, density, embeddings, kept)
         self.ranks.meet()
 
-    def commit(self, run: Run, concept: Concept, curve: list[dict], seconds: float, density: float, embeddings: dict) -> None:
-        """Store a folded task."""
+    def commit(self, run: Run, concept: Concept, curve: list[dict], seconds: float, density: float, embeddings: dict,
+               kept: dict[str, Tensor]) -> None:
+        """Store a folded task, and what the method keeps of it."""
         info = {"name": concept.name, "token": concept.token, "initializer_token": concept.initializer_token,
                 "prompt": concept.prompt, "seconds": seconds, "density": density, "steps": self.options.steps,
                 "pictures": len(concept.images)}
-        run.commit_task(concept.name, self.adapters.tasks[concept.name], embeddings, curve, info, folded_by=self.folded_by())
+        factors = self.adapters.tasks[concept.name]
+        run.commit_task(concept.name, factors, embeddings, curve, info, folded_by=self.folded_by(), kept=kept)
 
     def folded_by(self) -> dict[str, str]:
         """The backend and the device that folded the weights: others may round elsewhere."""

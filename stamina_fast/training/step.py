@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,6 +72,7 @@ class Buffers:
 class Step:
     """loss = denoising + sparsity_weight · sparsity + forgetting_weight · forgetting; then gradient, clipping, update.
 
+    penalty      makes the forgetting penalty from the adapters (`methods.Strategy.penalty`); None: C-LoRA's
     accumulate   equal parts in which the batch goes through the model. Their gradients are summed. All parts have the same
                  mask, drawn with the same noise, so the penalties are counted once
     row_weights  the weight of each row of a part in the denoising loss, fp32 [batch / accumulate]; None: all 1
@@ -83,10 +86,13 @@ class Step:
 
     def __init__(self, backbone: Backbone, adapters, diffusion: Diffusion, optimizer: Optimizer, buffers: Buffers,
                  steps: int, weights: tuple[float, float], clip: float | None, accumulate: int = 1,
-                 row_weights: Tensor | None = None, ranks: Ranks | None = None):
+                 row_weights: Tensor | None = None, ranks: Ranks | None = None,
+                 penalty: Callable[[Any], Tensor] | None = None):
         self.ranks = ranks or Ranks()
         self.backbone, self.adapters, self.diffusion, self.optimizer = backbone, adapters, diffusion, optimizer
-        self.buffers, self.weights, self.clip = buffers, weights, clip
+        self.buffers, self.weights, self.clip, self.penalty = buffers, weights, clip, penalty
+        # whether the operator computes penalties too: sparsity, and C-LoRA's forgetting unless another takes its place
+        self.fused = any(weights if penalty is None else weights[:1])
         self.parts, self.row_weights = buffers.parts(accumulate), row_weights
         device = buffers.t.device
         names = optimizer.names
@@ -122,7 +128,7 @@ class Step:
         for flat in self.optimizer.flats:
             tensors += [flat.values, flat.grads, *flat.views, *flat.grad_views, *(p.grad for p in flat.parameters)]
         tensors += [*self.optimizer.tensors(), *self.buffers.tensors(), self.losses, self.bad, self.bad_step]
-        if any(self.weights):
+        if self.fused:
             tensors += [stack.past() for stack in self.adapters.stacks]
         return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
 
@@ -157,10 +163,12 @@ class Step:
         """
         noisy, target = self.diffusion.noised(part.latents, part.noise, part.t)
         states, pooled = self.backbone.encode(part.ids)
-        counted = first and any(self.weights)
-        with self.adapters.penalised() if counted else contextlib.nullcontext(lambda: self.zeros) as penalties:
+        fused = first and self.fused
+        with self.adapters.penalised() if fused else contextlib.nullcontext(lambda: self.zeros) as penalties:
             predicted = self.backbone.predict(noisy, part.t, states, pooled, part.frames)
         terms = [self.diffusion.loss(predicted, target, part.t, self.row_weights), *penalties()]
+        if first and self.penalty is not None:
+            terms[2] = self.penalty(self.adapters)
         loss = terms[0]
         for weight, penalty in zip(self.weights, terms[1:], strict=True):
             # a penalty without a weight needs no backward pass
