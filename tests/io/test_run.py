@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from stamina_fast.errors import FileError, InputError
 from stamina_fast.io.files import write_json
-from stamina_fast.io.run import FILES, Run, from_inversion
+from stamina_fast.io.run import FILES, KEPT, Run, from_inversion
 
 CONFIG = {"model": "tiny", "steps": 3, "rates": [0.1, 1e-05], "name": "ä"}
 
@@ -26,8 +26,9 @@ def task(i):
     return factors, {"text_encoder": torch.ones(4) * i}, [{"step": i, "loss": 0.5}], info
 
 
-def commit(run, i, name=None):
-    return run.commit_task(name or f"concept {i}", *task(i), folded_by={"backend": "reference", "device": "cpu"})
+def commit(run, i, name=None, kept=None):
+    by = {"backend": "reference", "device": "cpu"}
+    return run.commit_task(name or f"concept {i}", *task(i), folded_by=by, kept=kept)
 
 
 def check(run, count):
@@ -289,6 +290,19 @@ def test_fifty_kills_lose_no_acknowledged_task(tmp_path):
         check(Run.create(path, CONFIG, resume=True), acknowledged)
         assert not partials(path)
     assert lived > 10
+
+
+def test_what_a_method_keeps_is_a_file_of_its_own(tmp_path):
+    run, kept = Run.create(tmp_path, CONFIG), {"fisher.0": torch.rand(3, 2)}
+    commit(run, 0)
+    folder = commit(run, 1, kept=kept)
+    assert [set(entry["files"]) - set(FILES) for entry in run.tasks()] == [set(), {KEPT}]
+    assert run.load_task("concept 0").kept == {}
+    assert torch.equal(run.load_task("concept 1").kept["fisher.0"], kept["fisher.0"])
+    check(run, 2)
+    (folder / KEPT).unlink()
+    with pytest.raises(FileError, match=KEPT):
+        run.load_task("concept 1")
 
 
 def test_flipped_bits_are_detected(tmp_path):

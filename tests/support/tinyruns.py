@@ -15,6 +15,8 @@ SMALL = {
     "steps": 4, "batch": 2, "crops": 2, "read_every": 2, "rank": 2, "gate_rank": 2, "code_width": 4, "mlp_width": 8,
     "token_width": 8, "token_input_width": 4, "density": 0.5, "learning_rate": 1e-2, "progress": False,
 }
+# options with which a method's own work is small
+CHEAP = {"ewc": {"fisher_batches": 2}, "replay": {"replay_count": 1, "replay_steps": 2}}
 
 
 def write_concepts(folder: Path, count: int) -> Path:
@@ -51,6 +53,12 @@ def run_until(count: int, *args, **changes) -> None:
 def size_of(step) -> tuple[int, int]:
     """Height and width, in pixels, of the pictures in the batch of a step."""
     return tuple(step.buffers.frames[0, 4:].int().tolist())
+
+
+def stacked(factors, sizes) -> torch.Tensor:
+    """A B [N, k] in float64, from the stored factors of one stack without a mask."""
+    a, b = factors["stacks.0.a"].double(), factors["stacks.0.b"].double()
+    return torch.cat([rows @ group for rows, group in zip(a.split(sizes), b, strict=True)])
 
 
 def tensors(pipeline) -> dict[str, torch.Tensor]:

@@ -7,13 +7,14 @@ import pytest
 import tinypipes
 import torch
 from replay import Replay
-from tinyruns import assert_same, run, tensors, write_concepts
+from tinyruns import CHEAP, assert_same, run, tensors, write_concepts
 
 from stamina_fast.errors import InputError
 from stamina_fast.ops.noise import GateNoise
 from stamina_fast.training import capture, loop
 from stamina_fast.training.capture import WARM, Captured, recorder
 from stamina_fast.training.flat import Optimizer
+from stamina_fast.training.methods import METHODS, Strategy
 from stamina_fast.training.step import Step
 
 # options with which everything that a step reads from outside changes from step to step
@@ -27,6 +28,7 @@ VARIANTS = {
     "random": {"method": "random-mask"},
     "accumulated": {"accumulate": 2},
     "recomputed": {"gradient_checkpointing": True},
+    **{method: {"method": method, **CHEAP.get(method, {})} for method in METHODS if METHODS[method].strategy is not Strategy},
 }
 CASES = [("sd15", variant) for variant in VARIANTS] + [("sdxl", name) for name in ("c-stamina", "accumulated", "recomputed")]
 

@@ -68,7 +68,8 @@ def shaped(tmp_path_factory):
 
 @pytest.mark.parametrize(("kind", "changes"), [
     ("sd15", {"method": "c-stamina", "sparsity_weight": 0.1}), ("sdxl", {"batch": 2, "accumulate": 2, "attention": "measured"}),
-], ids=["sd15", "sdxl"])
+    ("sd15", {"method": "ewc", "fisher_batches": 2}),
+], ids=["sd15", "sdxl", "ewc"])
 def test_two_processes_are_one_of_twice_the_batch(kind, changes, two, tmp_path):
     codes, said = start(tmp_path, 2, learn, kind, two, tmp_path / "run", tmp_path / "rank", changes)
     assert codes == [0, 0], said
