@@ -189,7 +189,7 @@ def _spans(curves: Sequence[Sequence[dict]]) -> list[tuple[float, float]]:
     """The first step and the end of each task, on one axis for all tasks."""
     spans, start = [], 0.0
     for rows in curves:
-        length = rows[-1]["step"] + 1 if rows else 1
+        length = rows[-1]["step"] + 1
         spans.append((start, start + length))
         start += length
     return spans
@@ -198,8 +198,9 @@ def _spans(curves: Sequence[Sequence[dict]]) -> list[tuple[float, float]]:
 def training_curves(path: Path, names: Sequence[str], curves: Sequence[Sequence[dict]]) -> None:
     """Loss, mask density and, if any task had one, the forgetting penalty, over all tasks in order.
 
-    Each row of a curve has step, loss and forgetting. Some have density.
+    Each row of a curve has step, loss and forgetting. Some have density. A task that made no step is left out.
     """
+    names, curves = [name for name, rows in zip(names, curves, strict=True) if rows], [rows for rows in curves if rows]
     panels = [("loss", "loss"), ("density", "mask density"), ("forgetting", "forgetting penalty")]
     panels = panels if any(row["forgetting"] for rows in curves for row in rows) else panels[:2]
     heights = (1.5, 1, 1)[: len(panels)]

@@ -29,13 +29,15 @@ from .step import Buffers
 class Drawn(NamedTuple):
     """Pictures besides the concept's own, of which each row of a batch shows one with probability `share`.
 
-    images  [3, H, W] each, floats in [-1, 1]
+    images  [3, H, W] each, uint8 or floats in [-1, 1]
     texts   a prompt for each
+    cut     whether they are cut as the concept's pictures are; otherwise the whole picture is one variant
     """
 
     images: list[Tensor]
     texts: list[str]
     share: float
+    cut: bool = False
 
 
 class Loader:
@@ -83,16 +85,19 @@ class Loader:
         cut = options.crops, options.crop_scale, options.flip, derive_seed(seed, "crops")
         for size, chosen in in_buckets(images, self.sizes).items():
             bank, texts = self._bank([images[i] for i in chosen], size, *cut), [concept.texts[i] for i in chosen]
+            learned = len(bank)
             if drawn:
-                bank += encode(self.vae, *variants(drawn.images, size, 1, 1.0, False, 0), batch=options.batch)
+                how = cut if drawn.cut else (1, 1.0, False, 0)
+                bank += encode(self.vae, *variants(drawn.images, size, *how), batch=options.batch)
                 texts += drawn.texts
+            others = len(bank) - learned
             if class_images:
                 # at every crop size, since class pictures are in every batch
                 bank += self._bank(class_images, size, 1, 1.0, False, 0)
                 texts += [concept.class_prompt] * len(class_images)
             ids = self.backbone.tokenise(texts)
             feeds[size] = Feed(bank, ids, size, self.timesteps, derive_seed(seed, "feed"), self.ranks, len(class_images),
-                               len(drawn.images) if drawn else 0, drawn.share if drawn else 0.0)
+                               others, drawn.share if drawn else 0.0)
         return TaskData(feeds, seed)
 
     def _bank(self, images: list[Tensor], *cut) -> LatentBank:
@@ -129,14 +134,14 @@ class TaskData:
 class Feed:
     """Draws the batch of any step of a task, as a function of (seed, task, step) alone.
 
-    bank       the variants to draw from; the last ones show the `drawn` pictures, then the `prior` class pictures, one each
+    bank       the variants to draw from; the last ones show `drawn` others, then the `prior` class pictures, one each
     ids        prompts of the pictures, [pictures, length] int64 for each text encoder
     size       what the variants were cut to, in pixels: (height, width), or the side of a square
     timesteps  length of the noise schedule
     ranks      their batches, one behind the other, are the batch that one process of that size would draw
 
     With class pictures, every second row of a batch shows one of them. Of the other rows, each shows one of the `drawn`
-    pictures with probability `share`: at random, so that no part of the noise schedule is theirs.
+    variants with probability `share`: at random, so that no part of the noise schedule is theirs.
     """
 
     def __init__(self, bank: LatentBank, ids: list[Tensor], size: int | CropSize, timesteps: int, seed: int,

@@ -101,6 +101,7 @@ def train(
                 trainer.restore(run)
                 trainer.learn(run, progress and ranks.rank == 0, on_task, on_step)
             finally:
+                strategy.close()
                 adapters.detach()
         if ranks.rank == 0:
             save_model(pipeline, run)
@@ -144,6 +145,10 @@ class Trainer:
         self.captured: dict[CropSize, Captured] = {}
         self.strategy.start(self)
 
+    def lengthen(self, factor: int) -> None:
+        """Make tasks `factor` times as long; schedules are stretched. The record keeps the options that were given."""
+        self.options = dataclasses.replace(self.options, steps=factor * self.options.steps)
+
     def restore(self, run: Run) -> None:
         """Rebuild the weights after the run's finished tasks, from W_0 and the stored factors, and what the method keeps."""
         reopen.restore(self.adapters, run, [task["name"] for task in run.tasks()])
@@ -155,10 +160,10 @@ class Trainer:
         if saved is not None and saved.task != self.concepts[done].name:
             wanted = self.concepts[done].name
             raise InputError(f"the checkpoint is of {saved.task!r}, next is {wanted!r}; pass the same concepts")
-        steps = self.options.steps
-        with Progress("all concepts", len(self.concepts) * steps, done * steps, shown) as progress:
+        counts = [self.strategy.steps(self, task) for task in range(len(self.concepts))]
+        with Progress("all concepts", sum(counts), sum(counts[:done]), shown) as progress:
             for task in range(done, len(self.concepts)):
-                progress.begin(self.concepts[task].name, steps, saved.step if saved else 0, "encoding pictures")
+                progress.begin(self.concepts[task].name, counts[task], saved.step if saved else 0, "encoding pictures")
                 curve, seconds = self.steps(run, task, saved, progress, on_step)
                 self.finish(run, task, curve, seconds)
                 progress.end(f"learned {self.concepts[task].name} in {seconds:.1f} s")
@@ -172,10 +177,11 @@ class Trainer:
         Raises StaminaError once something is not finite.
         """
         start, concept, options = time.perf_counter(), self.concepts[task], self.options
+        steps = self.strategy.steps(self, task)
         seed = derive_seed(options.seed, "task", task)
         data = self.data = self.begin(task, seed)
         first, density = 0, {}
-        with stepping(self.pipeline.unet, options), self.tables.held(), self.strategy.learning(self, task):
+        with self.strategy.learning(self, task), stepping(self.pipeline.unet, options), self.tables.held():
             for captured in self.captured.values():
                 captured.begin_(derive_seed(seed, "gate"))
             if saved is not None:
@@ -183,33 +189,33 @@ class Trainer:
                 density, before = restore_(self.step, first, saved.tensors)
                 start -= before
             read = first
-            for i in range(first, options.steps):
+            for i in range(first, steps):
                 captured = self.fill_(data, i)
                 if on_step is not None:
                     on_step(captured.step, task, i)
                 captured()
                 self.strategy.stepped(self)
                 done = i + 1
-                if done % options.read_every == 0 or done == options.steps:
+                if done % options.read_every == 0 or done == steps:
                     self.check(concept)
                     density[i] = float(self.adapters.density())
                     progress.advance(done - read, summary(self.step.losses[read:done], density[i]))
                     read = done
-                if options.save_every and done % options.save_every == 0 and done < options.steps:
+                if options.save_every and done % options.save_every == 0 and done < steps:
                     self.check(concept)
                     if self.ranks.rank == 0:
                         run.save_checkpoint(concept.name, done, state(self.step, done, density, time.perf_counter() - start))
-        return self.curve(density), time.perf_counter() - start
+        return self.curve(density)[:steps], time.perf_counter() - start
 
     def begin(self, task: int, seed: int) -> TaskData:
         """Begin a task: fresh factors, a fresh token, its data, and a step for each of its crop sizes.
 
         Warns of a token that starts with little say in the picture.
         """
-        concept, drawn = self.concepts[task], self.strategy.pictures(self, task)
+        concept = self.concepts[task]
         self.adapters.reset_(derive_seed(seed, "factors"))
         self.adapters.tokens.begin(concept.token, derive_seed(seed, "token"), concept.initializer_token)
-        data = self.loader.load(concept, seed, drawn)
+        data = self.loader.load(concept, seed, self.strategy.pictures(self, task))
         if self.ranks.rank == 0:
             feed = next(iter(data.feeds.values()))
             share = share_of_a_word(self.backbone, self.adapters, self.diffusion, feed, derive_seed(seed, "start"))
@@ -232,7 +238,8 @@ class Trainer:
 
     def prepare(self, latent: tuple[int, int, int], lengths: list[int]) -> Step:
         """The first step, for latents [c, h, w] and prompts of so many tokens: made once, so that no address ever changes."""
-        named = [(name, p) for name, p in self.adapters.named_parameters() if p.requires_grad]
+        named = [*self.adapters.named_parameters(), *self.strategy.named_parameters()]
+        named = [(name, p) for name, p in named if p.requires_grad]
         token = [(name, p) for name, p in named if name.startswith("token")]
         other = [(name, p) for name, p in named if not name.startswith("token")]
         rates = list(zip((Flat(other), Flat(token)), self.options.learning_rates(self.ranks.count), strict=True))
@@ -296,7 +303,7 @@ class Trainer:
                kept: dict[str, Tensor]) -> None:
         """Store a folded task, and what the method keeps of it."""
         info = {"name": concept.name, "token": concept.token, "initializer_token": concept.initializer_token,
-                "prompt": concept.prompt, "seconds": seconds, "density": density, "steps": self.options.steps,
+                "prompt": concept.prompt, "seconds": seconds, "density": density, "steps": len(curve),
                 "pictures": len(concept.images)}
         factors = self.adapters.tasks[concept.name]
         run.commit_task(concept.name, factors, embeddings, curve, info, folded_by=self.folded_by(), kept=kept)

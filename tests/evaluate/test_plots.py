@@ -44,7 +44,8 @@ def draw(kind: str, count: int) -> None:
         plots.concept_grid("unused", f"{names[0]}: \"a photo of <{LONG}> {LONG}\", guidance 7.5", rows)
     elif kind == "training_curves":
         curve = [{"step": s, "loss": 1 / (s + 1), "forgetting": 0.01 * s, "density": 0.5} for s in range(10)]
-        plots.training_curves("unused", names, [curve] * count)
+        # two tasks more, which made no step
+        plots.training_curves("unused", [*names, "none", "none"], [*[curve] * count, [], []])
     else:
         tasks = [dict.fromkeys(KEYS, 0.3) | {"intervals": {key: [0.2, 0.4] for key in KEYS}}] * count
         plots.mmd_bars("unused", names, tasks, NOTE)

@@ -130,7 +130,7 @@ def test_every_method_runs(method, three, tmp_path):
     assert any(map(is_text_kv, changed)) == (method not in ("token-only", "frozen"))
     last = made.load_task("rocket")
     assert (last.info["density"] == 1) == (METHODS[method].config.get("mask") == "none")
-    assert (last.curve[-1]["forgetting"] > 0) == (method in ("c-lora", "c-stamina", "o-lora", "ewc"))
+    assert any(row["forgetting"] > 0 for row in last.curve) == (method in ("c-lora", "c-stamina", "o-lora", "ewc"))
 
 
 @pytest.mark.parametrize("kind", tinypipes.KINDS)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from ...adapter.config import StaminaConfig
 from ...errors import InputError
 from ..options import TrainOptions
-from . import ewc, lora_merge, null_space, o_lora, plain, replay
+from . import ewc, joint, lora_merge, null_space, o_lora, plain, replay
 from .base import Method, Strategy
 
 __all__ = ["METHODS", "Method", "Strategy", "settings"]
@@ -22,6 +22,7 @@ METHODS: dict[str, Method] = plain.METHODS | {
     "null-space": null_space.METHOD,
     "ewc": ewc.METHOD,
     "replay": replay.METHOD,
+    "joint": joint.METHOD,
 }
 
 

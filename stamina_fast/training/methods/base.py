@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...errors import InputError
 
@@ -46,8 +46,16 @@ class Strategy:
     def restore(self, trainer: Trainer, run: Run) -> None:
         """Go on with a run whose finished tasks are in the model."""
 
+    def steps(self, trainer: Trainer, task: int) -> int:
+        """How many steps a task makes, at most `trainer.options.steps`."""
+        return trainer.options.steps
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What is trained besides the parameters of the adapters, at the token's learning rate. Asked after `start`."""
+        return iter(())
+
     def pictures(self, trainer: Trainer, task: int) -> Drawn | None:
-        """Pictures besides the concept's own. Called before a task's factors and token are there."""
+        """Pictures besides the concept's own. Called when a task's factors and token are fresh, before `learning`."""
         return None
 
     @contextlib.contextmanager
@@ -64,6 +72,9 @@ class Strategy:
     def end(self, trainer: Trainer, task: int) -> dict[str, Tensor]:
         """Called when a task is folded and not yet stored. Returns what is stored with it for `restore`, by name."""
         return {}
+
+    def close(self) -> None:
+        """Called when a run ends or fails, before the adapters are detached. It must also work without `start`."""
 
     def own(self) -> dict:
         """The method's own options by name, as plain values."""
