@@ -53,7 +53,8 @@ class Joint(Strategy):
         images = [load_image(path) for concept in others for path in concept.images]
         for i, (bank, concept) in enumerate(zip(self.banks, others, strict=False), 1):
             # the seeds of the tokens are those of sequential tasks, from which their untrained embeddings are known
-            bank.begin(concept.token, derive_seed(derive_seed(trainer.options.seed, "task", i), "token"))
+            start = derive_seed(derive_seed(trainer.options.seed, "task", i), "token"), concept.initializer_token
+            bank.begin(concept.token, *start)
         texts = [text for concept in others for text in concept.texts]
         own = len(trainer.concepts[0].images)
         return Drawn(images, texts, len(images) / (own + len(images)), cut=True) if images else None
