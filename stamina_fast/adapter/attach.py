@@ -110,7 +110,10 @@ class Adapters:
 
     @property
     def noise(self) -> GateNoise | None:
-        """The noise of the mask. Set it before each training step; None, the default, is the deterministic gate."""
+        """The noise of the mask. Set it before each training step; None, the default, is the deterministic gate.
+
+        It has no effect where `config.samples` is false.
+        """
         return self._control.noise
 
     @noise.setter

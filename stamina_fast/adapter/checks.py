@@ -10,6 +10,7 @@ from ..errors import InputError
 from ..ops.functional import FLOATS
 from ..pipeline.projections import check_offload, check_processors
 from .config import StaminaConfig
+from .masks import MASKS
 from .stack import StackedLinear
 
 
@@ -32,7 +33,8 @@ def check_projections(unet: nn.Module, slots: Mapping[str, nn.Module], config: S
     smallest = min(min(slot.weight.shape) for slot in slots.values())
     for option in ("rank", "gate_rank"):
         value = getattr(config, option)
-        if value > smallest and not (option == "gate_rank" and config.mask == "none"):
+        counts = MASKS[config.mask].ranked if option == "gate_rank" else config.residual == "low-rank"
+        if counts and value > smallest:
             raise InputError(f"{option} must be at most the smallest projection width, {smallest}, got {value}; lower {option}")
     for module in unet.modules():
         check_offload(module)

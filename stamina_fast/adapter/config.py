@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from ..errors import InputError
 
 CHOICES = {
-    "mask": ("learned-low-rank", "random-low-rank", "none"),
+    "residual": ("low-rank", "full"),
+    "mask": ("learned-low-rank", "random-low-rank", "none", "dense-logits", "soft", "hard-concrete", "top-k", "2:4"),
     "zero_factor": ("a", "b"),
     "mlp_sharing": ("stack", "projection"),
     "mlp_activation": ("silu", "relu", "gelu", "tanh"),
     "tau_schedule": ("linear", "cosine", "exponential"),
 }
+# masks that training samples with noise
+SAMPLED = ("learned-low-rank", "dense-logits", "soft", "hard-concrete")
 AT_LEAST = {
     "rank": 1, "gate_rank": 1, "mlp_depth": 0, "mlp_width": 1, "code_width": 1,
     "token_vectors": 1, "token_depth": 0, "token_width": 1, "token_input_width": 1, "seed": 0,
@@ -28,21 +31,30 @@ class StaminaConfig:
     """What is learned in one task: `W + M ⊙ (A B)` with `M = [P Q + c + noise > 0]`, and the token. No learning rates.
 
     Residual
+        residual: "low-rank" is A B. "full" trains a dense D [N, k] from zero in its place, as Custom Diffusion does
+            (arXiv 2212.04488); then rank, zero_factor and factor_scale do not count.
         rank: columns of A and rows of B, r.
         zero_factor: which of "a" and "b" starts at zero, so that A·B = 0.
         factor_scale: the other factor starts normal, with standard deviation factor_scale / sqrt(its fan-in): of k for
             B, of r for A.
     Mask
-        mask: "learned-low-rank" is STAMINA's. "random-low-rank" is drawn once per task and not trained (ablation); exactly
-            a share `density` of its entries is open in every projection. "none" is M = 1, plain low-rank adaptation.
-        gate_rank: columns of P and rows of Q, s.
-        density: of the mask at the start of a task, in (0, 1): c starts at ln(density / (1 - density)).
+        mask: "learned-low-rank" is STAMINA's, and "none" is M = 1, plain low-rank adaptation. The others are ablations:
+            "random-low-rank" is drawn once per task and not trained; exactly a share `density` of its entries is open in every
+                projection
+            "dense-logits" is hard and sampled like STAMINA's, with a free logit for every entry
+            "soft" is sigmoid(z / tau) in (0, 1), from STAMINA's logits; a fold takes sigmoid(L / tau_end)
+            "hard-concrete" is the stretched and clipped sigmoid of L0 regularisation, from STAMINA's logits
+            "top-k" opens the share `density` of largest |A B| in every projection
+            "2:4" opens the two largest of each four neighbouring |A B| in a row
+            The last four, and "dense-logits", take several times the memory of the weights: use them on small models.
+        gate_rank: columns of P and rows of Q, s, where logits are of low rank.
+        density: of the mask at the start of a task, in (0, 1): c starts at ln(density / (1 - density)). Not of "2:4".
         gate_scale: standard deviation of the entries of P Q at the start, in logits.
         code_width: width e of the fixed code E [n, e] from which the mask MLP makes P [n, s].
         mlp_depth, mlp_width, mlp_activation: hidden layers of the mask MLP (0: one linear map), their width and activation.
         mlp_sharing: one MLP for the rows of a whole "stack", or one for every "projection".
-        noise: whether training samples the mask with logistic noise; False trains the deterministic gate.
-        tau_start, tau_end: temperature of the slope at a task's first and last step. It changes nothing in the mask itself.
+        noise: whether training samples a mask that has logits with logistic noise; False trains the deterministic gate.
+        tau_start, tau_end: temperature of the slope at a task's first and last step. It changes the mask itself only if "soft".
         tau_schedule: how it gets from one to the other: "linear", "cosine" or "exponential".
     Penalties, added to the loss
         sparsity_weight: of the expected density of the mask.
@@ -59,6 +71,7 @@ class StaminaConfig:
     Raises InputError, a ValueError, for a value that does not fit.
     """
 
+    residual: str = "low-rank"
     rank: int = 16
     zero_factor: str = "a"
     factor_scale: float = 1.0
@@ -109,8 +122,8 @@ class StaminaConfig:
 
     @property
     def samples(self) -> bool:
-        """Whether training samples the mask: only a learned mask is sampled."""
-        return self.noise and self.mask == "learned-low-rank"
+        """Whether training samples the mask: only masks with learned logits are sampled."""
+        return self.noise and self.mask in SAMPLED
 
     def tau(self, progress: float) -> float:
         """The temperature at `progress` in [0, 1] through a task."""

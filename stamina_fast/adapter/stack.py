@@ -13,8 +13,8 @@ from ..ops import functional
 from ..ops.backend import Factors
 from ..ops.noise import GateNoise
 from ..ops.reference import compute_dtype
-from . import masks
 from .config import StaminaConfig
+from .masks import MASKS, identity
 
 # attribute of the text states that a TextHook hands on: {stack: the outputs of its projections, or None while disabled}
 SEEN = "_stamina_seen"
@@ -72,7 +72,7 @@ class Stack(nn.Module):
     base is W_0, in the weight's dtype at attach. master is W_0 plus all folds in fp32 (fp64 for fp64), from the first
     fold on. sizes are the rows of each projection, summing to N.
     Parameters: a [N, r], b [G, r, k], and those of the mask, in fp32 (fp64 for fp64). These Parameter objects are never
-    replaced, only their data.
+    replaced, only their data. A full residual is a [N, k], and b is an identity for each projection and no parameter.
     """
 
     def __init__(self, slots: Mapping[str, nn.Linear], config: StaminaConfig, control: Control, number: int):
@@ -87,13 +87,13 @@ class Stack(nn.Module):
         self.tied = False
         n, k = self.base.shape
         device, dtype = self.base.device, compute_dtype(self.base.dtype)
-        self.a = nn.Parameter(torch.empty(n, config.rank, device=device, dtype=dtype))
-        self.b = nn.Parameter(torch.empty(len(self.sizes), config.rank, k, device=device, dtype=dtype))
-        self.mask = None
-        if config.mask == "learned-low-rank":
-            self.mask = masks.LearnedMask(self.sizes, k, config, device, dtype, number)
-        elif config.mask == "random-low-rank":
-            self.mask = masks.RandomMask(self.sizes, k, config, device, dtype, self.base.dtype)
+        rank = k if config.residual == "full" else config.rank
+        self.a = nn.Parameter(torch.empty(n, rank, device=device, dtype=dtype))
+        if config.residual == "full":
+            self.register_buffer("b", identity(len(self.sizes), self.a.detach()), persistent=False)
+        else:
+            self.b = nn.Parameter(torch.empty(len(self.sizes), rank, k, device=device, dtype=dtype))
+        self.mask = MASKS[config.mask](self.sizes, k, config, device, self.base.dtype, number)
         # whatever may run out of memory comes before the modules change
         weight = self.base.clone()
         for index, slot in enumerate(self.slots):
@@ -168,19 +168,30 @@ class Stack(nn.Module):
 
     def _follow(self, weight: Tensor) -> None:
         self.to(weight.device)
+        self.mask.low = weight.dtype
         self.base = self.base.to(weight.device)
         self.master = None if self.master is None else self.master.to(weight.device, compute_dtype(weight.dtype))
         self._past, self._past_known = None, False
 
     # one step
 
-    def arguments(self) -> dict:
-        """The keyword arguments of `masked_linear` in force, without x, and "names": the projections in order of their rows."""
-        p, q, gate_bias = (None, None, None) if self.mask is None else self.mask.factors()
+    def arguments(self, sampled: bool = True) -> dict:
+        """The keyword arguments of `masked_linear` in force, without x, and "names": the projections in order of their rows.
+
+        A mask that the operator cannot make is in a already: then a is M ⊙ (A B) [N, k], b identities, and there is no gate.
+
+        sampled: with the noise in force; False for the mask that a fold takes
+        """
+        noise, tau = self.control.noise if sampled and self.config.samples else None, self.control.tau
+        a, b, p, q, gate_bias = self.a, self.b, None, None, None
+        residual = self.mask.residual(a, b, noise, tau)
+        if residual is None:
+            p, q, gate_bias = self.mask.factors()
+        else:
+            a, b, noise = residual, identity(len(self.sizes), residual), None
         return {
-            "weight": self.weight, "a": self.a, "b": self.b, "p": p, "q": q, "gate_bias": gate_bias, "sizes": self.sizes,
-            "noise": self.control.noise if isinstance(self.mask, masks.LearnedMask) else None,
-            "tau": self.control.tau, "names": self.names,
+            "weight": self.weight, "a": a, "b": b, "p": p, "q": q, "gate_bias": gate_bias, "sizes": self.sizes,
+            "noise": noise, "tau": tau, "names": self.names,
         }
 
     def project_all(self, x: Tensor) -> tuple[Tensor, ...] | None:
@@ -193,8 +204,8 @@ class Stack(nn.Module):
         if found is None or self in found:
             y = functional.masked_linear(x, **arguments)
         else:
-            y, sparsity, forgetting = functional.masked_linear_penalties(x, **arguments, past=self.past())
-            found[self] = sparsity, forgetting
+            y, *both = functional.masked_linear_penalties(x, **arguments, past=self.past())
+            found[self] = self._with_sparsity(*both)
         # one split, whose backward is one concatenation, where G slices would each fill N columns with zeros
         return y.split(self.sizes, dim=-1)
 
@@ -236,13 +247,15 @@ class Stack(nn.Module):
     def reset_(self, generator: torch.Generator) -> None:
         """Fresh factors in place, with A·B = 0."""
         with torch.no_grad():
-            zero, drawn = (self.a, self.b) if self.config.zero_factor == "a" else (self.b, self.a)
-            zero.zero_()
-            # fan-in of B [r, k] is k, of A [n, r] is r
-            scale = self.config.factor_scale / drawn.shape[-1] ** 0.5
-            drawn.copy_(torch.randn(drawn.shape, generator=generator) * scale)
-        if self.mask is not None:
-            self.mask.reset_(generator)
+            if self.config.residual == "full":
+                self.a.zero_()
+            else:
+                zero, drawn = (self.a, self.b) if self.config.zero_factor == "a" else (self.b, self.a)
+                zero.zero_()
+                # fan-in of B [r, k] is k, of A [n, r] is r
+                scale = self.config.factor_scale / drawn.shape[-1] ** 0.5
+                drawn.copy_(torch.randn(drawn.shape, generator=generator) * scale)
+        self.mask.reset_(generator)
 
     @property
     def unfolded(self) -> bool:
@@ -252,7 +265,7 @@ class Stack(nn.Module):
     @torch.no_grad()
     def snapshot(self) -> dict[str, Tensor]:
         """The factors on the CPU as a fold reads them: rounded to the weight's dtype, but c in fp32 (fp64 for fp64)."""
-        arguments = self.arguments()
+        arguments = self.arguments(sampled=False)
         kept = {name: arguments[name] for name in FACTORS if arguments[name] is not None}
         dtypes = {name: compute_dtype(self.weight.dtype) if name == "gate_bias" else self.weight.dtype for name in kept}
         return {name: tensor.detach().to("cpu", dtypes[name], copy=True) for name, tensor in kept.items()}
@@ -296,14 +309,19 @@ class Stack(nn.Module):
         """(sparsity, forgetting) of the factors in force."""
         arguments = self.arguments()
         kept = {name: arguments[name] for name in (*FACTORS, "sizes", "noise", "tau")}
-        return functional.gate_penalties(**kept, past=self.past(), dtype=self.weight.dtype)
+        return self._with_sparsity(*functional.gate_penalties(**kept, past=self.past(), dtype=self.weight.dtype))
+
+    def _with_sparsity(self, sparsity: Tensor, forgetting: Tensor) -> tuple[Tensor, Tensor]:
+        """The penalties that an operator computed, with the mask's own sparsity where the operator knew no gate."""
+        own = self.mask.sparsity()
+        return sparsity if own is None else own, forgetting
 
     @torch.no_grad()
     def delta(self, index: int) -> Tensor:
         """M ⊙ AB of one projection [n, k] with the deterministic gate, in fp32 (fp64 for fp64)."""
         rows, low = self.rows(index), self.weight.dtype
-        one = one_projection(self.arguments(), rows, index)
-        product = one["a"].to(low).to(self.a.dtype) @ one["b"][0].to(low).to(self.b.dtype)
+        one = one_projection(self.arguments(sampled=False), rows, index)
+        product = one["a"].to(low).to(self.a.dtype) @ one["b"][0].to(low).to(self.a.dtype)
         if one["p"] is None:
             return product
         mask = functional.gate_mask(one["p"], one["q"], one["gate_bias"], dtype=low)
@@ -312,9 +330,7 @@ class Stack(nn.Module):
     @torch.no_grad()
     def density(self) -> Tensor:
         """The share of open entries of the deterministic gate, 0-dim float64."""
-        if self.mask is None:
-            return torch.ones((), dtype=torch.float64, device=self.weight.device)
-        return masks.density(*self.mask.factors(), self.sizes, self.weight.dtype)
+        return self.mask.density(self.a, self.b)
 
 
 def one_projection(arguments: Mapping, rows: slice, index: int) -> dict[str, Tensor | None]:

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from unets import SMALL, WIDTH, attached, bits, calls, effective, inputs, output, same_bits, train_, unet
+from unets import EVERY, SMALL, WIDTH, attached, bits, calls, effective, inputs, output, same_bits, train_, unet
 
 import stamina_fast as sf
+from stamina_fast.adapter.masks import MASKS, LearnedMask
 
 NOISE = sf.GateNoise(2, 5)
 NAME = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
@@ -20,11 +21,11 @@ def values(adapters):
 # attach and detach
 
 @pytest.mark.parametrize("zero", ["a", "b"])
-@pytest.mark.parametrize("mask", ["learned-low-rank", "random-low-rank", "none"])
-def test_a_start_changes_nothing(mask, zero):
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_start_changes_nothing(kind, zero):
     model, plain = unet(), unet()
     keys, parameters = list(model.state_dict()), list(model.parameters())
-    adapters = sf.attach(model, dataclasses.replace(SMALL, mask=mask, zero_factor=zero))
+    adapters = sf.attach(model, dataclasses.replace(EVERY[kind], zero_factor=zero))
     adapters.noise = NOISE
     torch.testing.assert_close(output(model), output(plain), rtol=1e-12, atol=1e-13)
     assert list(model.state_dict()) == keys
@@ -35,8 +36,9 @@ def test_a_start_changes_nothing(mask, zero):
     assert all(p.requires_grad and p.is_leaf for p in adapters.parameters())
     assert adapters.noise == NOISE
     trained = {name.split(".", 2)[2] for name, _ in adapters.named_parameters()}
-    assert {"a", "b"} <= trained
-    assert ("mask.q" in trained) == ("mask.gate_bias" in trained) == (mask == "learned-low-rank")
+    assert {"a", "b"} & trained == ({"a"} if kind == "full" else {"a", "b"})
+    assert ("mask.q" in trained) == ("mask.gate_bias" in trained) == issubclass(MASKS[EVERY[kind].mask], LearnedMask)
+    assert ("mask.p" in trained) == (kind == "dense-logits")
 
 
 def test_the_weights_are_views_of_one_matrix():
@@ -127,18 +129,22 @@ def test_what_cannot_be_attached_to_says_why(build, config, message):
         assert all(type(module).__module__.split(".")[0] != "stamina_fast" for module in model.modules())
 
 
-def test_without_a_mask_its_rank_does_not_matter():
-    attached(dataclasses.replace(SMALL, mask="none", gate_rank=64))[1].detach()
+@pytest.mark.parametrize("mask", [name for name in MASKS if not MASKS[name].ranked])
+def test_a_rank_that_does_not_count_may_be_anything(mask):
+    attached(dataclasses.replace(SMALL, mask=mask, gate_rank=64))[1].detach()
+    attached(dataclasses.replace(SMALL, mask=mask, gate_rank=64, residual="full", rank=64))[1].detach()
 
 
 # folds
 
-@pytest.mark.parametrize("mask", ["learned-low-rank", "random-low-rank", "none"])
-def test_the_folded_model_is_the_model_with_its_residual(mask):
-    model, adapters = attached(dataclasses.replace(SMALL, mask=mask))
+@pytest.mark.parametrize("kind", EVERY)
+def test_the_folded_model_is_the_model_with_its_residual(kind):
+    model, adapters = attached(EVERY[kind])
     objects = [id(p) for p in adapters.parameters()]
     train_(adapters)
     with_residual, weights = output(model), effective(adapters.arguments()[0])
+    # neither the noise nor the temperature of the last step is part of a fold
+    adapters.noise, adapters.tau = NOISE, 0.3
     before = calls("fold_")
     assert adapters.fold_("one") == {}
     assert calls("fold_") == before + 1
@@ -229,8 +235,9 @@ def test_a_factor_that_is_not_finite_is_named_and_nothing_folds(bad):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rewind_has_the_bits_of_having_folded_just_these(dtype):
-    model, adapters = attached(dtype=dtype)
+@pytest.mark.parametrize("kind", EVERY)
+def test_rewind_has_the_bits_of_having_folded_just_these(kind, dtype):
+    model, adapters = attached(EVERY[kind], dtype)
     base, states = bits(model), []
     for seed in (1, 2, 3):
         train_(adapters, seed=seed)
@@ -245,7 +252,7 @@ def test_rewind_has_the_bits_of_having_folded_just_these(dtype):
     # a subset: as if the others had never been; stored factors alone are enough for another process
     adapters.rewind(["t3", "t1"])
     subset = bits(model)
-    fresh, other = attached(dtype=dtype)
+    fresh, other = attached(EVERY[kind], dtype)
     for task in ("t1", "t3"):
         other.add_task(task, adapters.tasks[task])
     assert same_bits(bits(fresh), base)
@@ -285,8 +292,9 @@ def test_rewind_and_add_task_refuse_what_does_not_fit():
 
 # what is in force
 
-def test_disabled_is_the_folded_model_to_the_bit():
-    model, adapters = attached(dtype=torch.float32)
+@pytest.mark.parametrize("kind", EVERY)
+def test_disabled_is_the_folded_model_to_the_bit(kind):
+    model, adapters = attached(EVERY[kind], torch.float32)
     train_(adapters)
     adapters.fold_("one")
     train_(adapters, seed=2)
@@ -322,8 +330,9 @@ def test_arguments_are_those_of_the_call():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_delta_of_a_projection_is_what_a_fold_adds(dtype):
-    model, adapters = attached(dtype=dtype)
+@pytest.mark.parametrize("kind", EVERY)
+def test_the_delta_of_a_projection_is_what_a_fold_adds(kind, dtype):
+    model, adapters = attached(EVERY[kind], dtype)
     train_(adapters)
     adapters.noise = NOISE
     wide = torch.promote_types(dtype, torch.float32)
@@ -335,6 +344,20 @@ def test_the_delta_of_a_projection_is_what_a_fold_adds(dtype):
         torch.testing.assert_close(model.get_submodule(name).weight, (before[name] + delta).to(dtype))
     with pytest.raises(ValueError, match=r"no projection 'attn2'.*such as 'down_blocks"):
         adapters.get_delta_weight("attn2")
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_cast_model_has_the_residual_of_one_attached_in_that_dtype(kind):
+    model, adapters = attached(EVERY[kind], torch.float32)
+    train_(adapters)
+    before = adapters.get_delta_weight(NAME)
+    _, other = attached(EVERY[kind], torch.bfloat16)
+    other.load_state_dict(adapters.state_dict())
+    model.to(torch.bfloat16)
+    after = adapters.get_delta_weight(NAME)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, other.get_delta_weight(NAME))
+    assert adapters.density() == other.density()
 
 
 def test_penalties_and_density():
@@ -366,8 +389,9 @@ def test_penalties_and_density():
     torch.testing.assert_close(adapters.density(), mask.double().mean())
 
 
-def test_states_of_the_adapters_survive_a_round_trip():
-    model, adapters = attached()
+@pytest.mark.parametrize("kind", EVERY)
+def test_states_of_the_adapters_survive_a_round_trip(kind):
+    model, adapters = attached(EVERY[kind])
     train_(adapters)
     state, y = {name: tensor.clone() for name, tensor in adapters.state_dict().items()}, output(model)
     objects = [id(p) for p in adapters.parameters()]

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import (
 )
 from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
-from unets import SMALL, WIDTH, calls, effective, inputs, naive, train_, unet
+from unets import EVERY, SMALL, WIDTH, calls, effective, inputs, naive, train_, unet
 
 import stamina_fast as sf
 from stamina_fast.adapter.stack import SEEN
@@ -41,14 +41,15 @@ def forget(adapters):
 
 
 @pytest.mark.parametrize("noise", [None, NOISE])
-@pytest.mark.parametrize("mask", ["learned-low-rank", "random-low-rank", "none"])
-def test_one_call_a_step_equals_a_u_net_with_those_weights(mask, noise):
-    model, adapters, plain = pair(dataclasses.replace(SMALL, mask=mask, density=0.6))
+@pytest.mark.parametrize("kind", EVERY)
+def test_one_call_a_step_equals_a_u_net_with_those_weights(kind, noise):
+    model, adapters, plain = pair(dataclasses.replace(EVERY[kind], density=0.6))
     adapters.noise = noise
     call, before = inputs(), calls()
     y = model(*call).sample
     assert calls() == before + 1
-    samples = noise if mask == "learned-low-rank" else None
+    # the noise of any other mask is part of its residual
+    samples = noise if kind in ("learned-low-rank", "dense-logits") else None
     torch.testing.assert_close(y, naive(plain, adapters, call, samples), **EXACT)
     assert (y - plain(*call).sample).abs().max() > 1e-3
 
@@ -94,12 +95,13 @@ def test_the_straight_through_gradient_passes_the_split():
 
 
 @pytest.mark.parametrize("noise", [None, NOISE])
-def test_a_tensor_the_hook_did_not_see_gets_its_own_right_result(noise):
-    model, adapters, _ = pair()
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_tensor_the_hook_did_not_see_gets_its_own_right_result(kind, noise):
+    model, adapters, _ = pair(EVERY[kind])
     adapters.noise = noise
     _, _, states = inputs()
     model(*inputs(seed=5))
-    weights = effective(adapters.arguments()[0], noise)
+    weights = effective(adapters.arguments()[0], adapters.arguments()[0]["noise"])
     for name in adapters.stacks[0].names:
         torch.testing.assert_close(model.get_submodule(name)(states), states @ weights[name].T, **EXACT)
 
@@ -187,8 +189,9 @@ def test_a_bias_is_kept():
     torch.testing.assert_close(model(*inputs()).sample, naive(plain, adapters, inputs()), **EXACT)
 
 
-def test_autocast_casts_the_states_and_not_the_factors():
-    model, adapters, _ = pair(dtype=torch.float32)
+@pytest.mark.parametrize("kind", EVERY)
+def test_autocast_casts_the_states_and_not_the_factors(kind):
+    model, adapters, _ = pair(EVERY[kind], dtype=torch.float32)
     exact = model(*inputs(torch.float32)).sample
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = model(*inputs(torch.float32)).sample
@@ -200,8 +203,9 @@ def test_autocast_casts_the_states_and_not_the_factors():
 # backward at another time than forward
 
 @pytest.mark.parametrize("noise", [None, NOISE])
-def test_gradient_checkpointing_is_exact(noise):
-    model, adapters, _ = pair()
+@pytest.mark.parametrize("kind", EVERY)
+def test_gradient_checkpointing_is_exact(kind, noise):
+    model, adapters, _ = pair(EVERY[kind])
     adapters.noise = noise
     model.train()
     found = []
@@ -268,8 +272,10 @@ SHORT = {"dtype": torch.float32, "block_out_channels": (32,), "down_block_types"
          "up_block_types": ("UpBlock2D",)}
 
 
-def test_compiled_without_a_break_and_a_fold_in_between_takes_effect():
-    model, adapters, plain = pair(**SHORT)
+@pytest.mark.parametrize("kind", ["learned-low-rank", "hard-concrete", "2:4"])
+def test_compiled_without_a_break_and_a_fold_in_between_takes_effect(kind):
+    torch._dynamo.reset()
+    model, adapters, plain = pair(EVERY[kind], **SHORT)
     call = inputs(torch.float32)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with torch.no_grad():

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from diffusers import UNet2DConditionModel
 
 import stamina_fast as sf
+from stamina_fast.adapter.config import CHOICES
 
 WIDTH = 32
 SMALL = sf.StaminaConfig(rank=4, gate_rank=3, code_width=8, mlp_width=16)
+# a config for every mask by its name, and "full" for the full residual
+EVERY = {mask: dataclasses.replace(SMALL, mask=mask) for mask in CHOICES["mask"]}
+EVERY["full"] = dataclasses.replace(SMALL, residual="full", mask="none")
 
 
 def unet(dtype=torch.float64, **config) -> UNet2DConditionModel:
