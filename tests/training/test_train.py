@@ -133,6 +133,16 @@ def test_every_method_runs(method, three, tmp_path):
     assert any(row["forgetting"] > 0 for row in last.curve) == (method in ("c-lora", "c-stamina", "o-lora", "ewc"))
 
 
+def test_methods_that_differ_in_the_mask_alone_learn_other_weights(three, tmp_path):
+    """A mask that the trainer did not reach would leave those of another method."""
+    concept, found = load_concepts(three)[:1], {}
+    for method in METHODS:
+        if METHODS[method].config.keys() & {"mask", "noise"} or method == "stamina":
+            made = run(tinypipes.sd21(), concept, tmp_path / method, method=method, steps=2, sparsity_weight=0.1)
+            found.setdefault(made.tasks()[0]["sha256"], []).append(method)
+    assert [methods for methods in found.values() if len(methods) > 1] == []
+
+
 @pytest.mark.parametrize("kind", tinypipes.KINDS)
 def test_the_loss_falls(kind, three, tmp_path, monkeypatch):
     """Every step has the same pictures, noise and timesteps, so the loss can only fall by learning."""

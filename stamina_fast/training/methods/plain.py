@@ -13,6 +13,15 @@ METHODS = {
     "random-mask": Method(
         "low-rank residuals under a random mask of the same density that is not trained", {"mask": "random-low-rank"},
     ),
+    "dense-logits": Method("stamina whose mask has a free logit for every entry", {"mask": "dense-logits"}),
+    "soft-mask": Method("stamina whose mask is a sigmoid, not zero or one (arXiv 1611.00712)", {"mask": "soft"}),
+    "hard-concrete": Method("stamina whose mask is that of L0 regularisation (arXiv 1712.01312)", {"mask": "hard-concrete"}),
+    "top-k": Method("low-rank residuals of which each projection keeps the largest entries", {"mask": "top-k"}),
+    "two-four": Method("low-rank residuals that keep the two largest of each four entries of a row", {"mask": "2:4"}),
+    "custom-diffusion": Method(
+        "the K and V weights and the token are trained themselves (arXiv 2212.04488); its prior pictures are prior_weight",
+        NO_MASK | {"residual": "full", "token_mlp": False, "forgetting_weight": 0.0},
+    ),
     "lora": Method("sequential low-rank adaptation: no mask, no penalty", NO_MASK | {"forgetting_weight": 0.0}),
     "c-lora": Method(
         "low-rank residuals without a mask, penalised where the folded past is large, and a token that is learned itself "
