@@ -49,7 +49,11 @@ def test_32_steps_are_those_of_the_reference(dtype, limit, tmp_path, monkeypatch
     assert (losses - wanted).abs().max() <= limit
 
 
-@pytest.mark.parametrize("change", [{}, {"accumulate": 2}, {"gradient_checkpointing": True}], ids=["plain", "parts", "again"])
+CHANGES = {"plain": {}, "parts": {"accumulate": 2}, "again": {"gradient_checkpointing": True}}
+CHANGES |= {method: {"method": method} for method in ("dense-logits", "hard-concrete", "top-k", "two-four")}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_32_captured_steps_are_those_step_by_step(change, tmp_path, monkeypatch, caplog):
     """A run records one graph, and a second once there is a folded past. Later tasks replay them."""
     made = []

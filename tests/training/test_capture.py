@@ -29,6 +29,12 @@ VARIANTS = {
     "accumulated": {"accumulate": 2},
     "recomputed": {"gradient_checkpointing": True},
     **{method: {"method": method, **CHEAP.get(method, {})} for method in METHODS if METHODS[method].strategy is not Strategy},
+    "dense": {"method": "dense-logits"},
+    "soft": {"method": "soft-mask"},
+    "l0": {"method": "hard-concrete", "sparsity_weight": 0.1},
+    "top": {"method": "top-k"},
+    "two-four": {"method": "two-four"},
+    "full": {"method": "custom-diffusion"},
 }
 CASES = [("sd15", variant) for variant in VARIANTS] + [("sdxl", name) for name in ("c-stamina", "accumulated", "recomputed")]
 
@@ -72,7 +78,7 @@ def test_captured_steps_of_two_tasks_are_those_step_by_step(kind, variant, two, 
     assert_same_run(made, whole)
     assert_same(tensors(pipeline), tensors(plain))
     # one recording serves both tasks, unless the folded past becomes part of the step
-    assert recordings == (2 if variant in ("sparse", "c-stamina", "c-lora") else 1)
+    assert recordings == (2 if variant in ("sparse", "c-stamina", "c-lora", "l0") else 1)
     # before a second recording the step runs once uncaptured
     assert stand_in.warmed == WARM + recordings - 1
     assert stand_in.replayed == 2 * options["steps"] - stand_in.warmed

@@ -28,7 +28,7 @@ def whole(two, tmp_path_factory):
     return run(pipeline, two, tmp_path_factory.mktemp("whole") / "run", **OPTIONS), tensors(pipeline)
 
 
-def train_until(at, two, output, monkeypatch):
+def train_until(at, two, output, monkeypatch, **changes):
     """Train until killed: before step `at` of the second task, or for a negative `at` in its save number -`at`.
 
     A save is killed when its checkpoint is written and the manifest is not.
@@ -47,7 +47,7 @@ def train_until(at, two, output, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_write", written)
         with pytest.raises(Killed):
-            run(tinypipes.sd15(), two, output, save_every=2, on_step=kill, **OPTIONS)
+            run(tinypipes.sd15(), two, output, save_every=2, on_step=kill, **(OPTIONS | changes))
 
 
 @pytest.mark.parametrize(("at", "left"), [(0, 7), (2, 5), (3, 5), (5, 3), (6, 1), (-2, 5)])
@@ -65,6 +65,16 @@ def test_a_resumed_task_ends_in_the_same_bits(at, left, two, whole, tmp_path, mo
         assert made.load_task(mine["name"]).info["seconds"] > 0
     assert "checkpoint" not in json.loads((tmp_path / "run" / "manifest.json").read_text())
     assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+@pytest.mark.parametrize("method", ["dense-logits", "soft-mask", "hard-concrete", "two-four", "custom-diffusion"])
+def test_so_does_a_task_of_another_mask(method, two, tmp_path, monkeypatch):
+    plain, pipeline, options = tinypipes.sd15(), tinypipes.sd15(), OPTIONS | {"method": method, "tau_end": 0.5}
+    whole = run(plain, two, tmp_path / "whole", **options)
+    train_until(3, two, tmp_path / "run", monkeypatch, **options)
+    made = run(pipeline, two, tmp_path / "run", resume=True, **options)
+    assert_same(tensors(pipeline), tensors(plain))
+    assert [task["sha256"] for task in made.tasks()] == [task["sha256"] for task in whole.tasks()]
 
 
 def test_a_captured_run_goes_on_within_a_task(two, whole, tmp_path, monkeypatch):
