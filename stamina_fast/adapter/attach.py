@@ -136,7 +136,7 @@ class Adapters:
     # parameters
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """A, B, Q, c and the mask MLPs of every stack, then those of the tokens under "tokens.".
+        """A, B and what the mask trains, such as Q, c and its MLP, of every stack; then those of the tokens under "tokens.".
 
         These Parameter objects are never replaced, only their data.
         """
@@ -211,7 +211,10 @@ class Adapters:
         return self._mean([sparsity for sparsity, _ in both]), sum(forgetting.to(both[0][1]) for _, forgetting in both)
 
     def density(self) -> Tensor:
-        """The share of open entries of the deterministic gate over all stacks, 0-dim float64; 1 without a mask."""
+        """The share of open entries of the deterministic gate over all stacks, 0-dim float64; 1 without a mask.
+
+        A soft mask is nowhere closed, and has the mean of its entries instead.
+        """
         return self._mean([stack.density() for stack in self._ready()])
 
     def _mean(self, values: list[Tensor]) -> Tensor:
@@ -231,7 +234,7 @@ class Adapters:
     # from task to task
 
     def fold_(self, task: str | None = None) -> dict[str, Tensor]:
-        """End a task: W += [L > 0] ⊙ (A B) in every stack, fold the active token, and start fresh factors.
+        """End a task: W += M ⊙ (A B) by the deterministic gate in every stack, fold the active token, and start fresh factors.
 
         `task` is its name (default: "task-1", "task-2", …). Returns the token's embeddings, or {} without an active token.
         Raises InputError for a task folded before, RuntimeError for factors folded already or not finite.

@@ -31,12 +31,12 @@ class StaminaConfig:
     """What is learned in one task: `W + M ⊙ (A B)` with `M = [P Q + c + noise > 0]`, and the token. No learning rates.
 
     Residual
-        residual: "low-rank" is A B. "full" trains a dense D [N, k] from zero in its place, as Custom Diffusion does
-            (arXiv 2212.04488); then rank, zero_factor and factor_scale do not count.
         rank: columns of A and rows of B, r.
         zero_factor: which of "a" and "b" starts at zero, so that A·B = 0.
         factor_scale: the other factor starts normal, with standard deviation factor_scale / sqrt(its fan-in): of k for
             B, of r for A.
+        residual: "low-rank" is A B. "full" trains a dense D [N, k] from zero in its place, as Custom Diffusion does
+            (arXiv 2212.04488); then rank, zero_factor and factor_scale do not count.
     Mask
         mask: "learned-low-rank" is STAMINA's, and "none" is M = 1, plain low-rank adaptation. The others are ablations:
             "random-low-rank" is drawn once per task and not trained; exactly a share `density` of its entries is open in every
@@ -46,9 +46,10 @@ class StaminaConfig:
             "hard-concrete" is the stretched and clipped sigmoid of L0 regularisation, from STAMINA's logits
             "top-k" opens the share `density` of largest |A B| in every projection
             "2:4" opens the two largest of each four neighbouring |A B| in a row
-            The last four, and "dense-logits", take several times the memory of the weights: use them on small models.
+            The last five take several times the memory of the weights: use them on small models, as the full residual.
         gate_rank: columns of P and rows of Q, s, where logits are of low rank.
-        density: of the mask at the start of a task, in (0, 1): c starts at ln(density / (1 - density)). Not of "2:4".
+        density: of the mask at the start of a task, in (0, 1): c starts at ln(density / (1 - density)), and a little lower for
+            "hard-concrete", which has more ways to be open. "2:4" does not read it.
         gate_scale: standard deviation of the entries of P Q at the start, in logits.
         code_width: width e of the fixed code E [n, e] from which the mask MLP makes P [n, s].
         mlp_depth, mlp_width, mlp_activation: hidden layers of the mask MLP (0: one linear map), their width and activation.
@@ -71,10 +72,10 @@ class StaminaConfig:
     Raises InputError, a ValueError, for a value that does not fit.
     """
 
-    residual: str = "low-rank"
     rank: int = 16
     zero_factor: str = "a"
     factor_scale: float = 1.0
+    residual: str = "low-rank"
     mask: str = "learned-low-rank"
     gate_rank: int = 16
     density: float = 0.9

@@ -272,7 +272,7 @@ class Stack(nn.Module):
 
     @torch.no_grad()
     def fold_(self, task: str, factors: Mapping[str, Tensor]) -> None:
-        """master += [L > 0] ⊙ (A B); weight = round(master), which the U-Net's weights are views of."""
+        """master += M ⊙ (A B) of these factors; weight = round(master), which the U-Net's weights are views of."""
         if self.master is None:
             self.master = self.base.to(compute_dtype(self.weight.dtype), copy=True)
         here = {name: tensor.to(self.weight.device) for name, tensor in factors.items()}
