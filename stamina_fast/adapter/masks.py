@@ -273,9 +273,10 @@ class TopKMask(Mask):
         """The share of a stack's entries that are open."""
         return sum(self.count(n * k) for n in self.sizes) / (sum(self.sizes) * k)
 
-    def opened(self, size: Tensor) -> Tensor:
+    def opened(self, magnitude: Tensor) -> Tensor:
         """M as bool [N, k] from |A B| [N, k]."""
-        return torch.cat([part >= part.flatten().topk(self.count(part.numel())).values[-1] for part in size.split(self.sizes)])
+        parts = magnitude.split(self.sizes)
+        return torch.cat([part >= part.flatten().topk(self.count(part.numel())).values[-1] for part in parts])
 
     def residual(self, a: Tensor, b: Tensor, noise: GateNoise | None, tau: float | Tensor) -> Tensor:
         whole = product(a, b, self.sizes, self.low)
@@ -302,10 +303,10 @@ class TwoFourMask(TopKMask):
     def share(self, k: int) -> float:
         return (k // 4 * 2 + min(2, k % 4)) / k
 
-    def opened(self, size: Tensor) -> Tensor:
-        k = size.shape[1]
+    def opened(self, magnitude: Tensor) -> Tensor:
+        k = magnitude.shape[1]
         # what is added counts as smaller than anything
-        fours = F.pad(size, (0, -k % 4), value=-1).unflatten(1, (-1, 4))
+        fours = F.pad(magnitude, (0, -k % 4), value=-1).unflatten(1, (-1, 4))
         first = fours.sort(dim=-1, descending=True, stable=True).indices[..., :2]
         return torch.zeros_like(fours, dtype=torch.bool).scatter_(-1, first, True).flatten(1)[:, :k]
 
