@@ -25,7 +25,8 @@ class Ewc(Strategy):
     Kirkpatrick et al. pull the weights to each W_i with its own F_i. The online form (Schwarz et al. 2018, arXiv 1805.06370,
     with γ = 1) pulls them to the latest alone, with the sum. The value of λ is not portable between models.
 
-    fisher_batches  batches of a task that its part of F is estimated from
+    fisher_batches  batches of a task that its part of F is estimated from, each in `accumulate` parts and without
+                    gradient checkpointing
     """
 
     fisher_batches: int = 16
