@@ -63,19 +63,22 @@ class TokenMLP(nn.Module):
 
 
 class TokenRow(nn.Module):
-    """e = row: the embeddings [n, d] themselves are the parameter, one behind the other, fp32."""
+    """e = scale · row: the embeddings [n, d] themselves are the parameter, one behind the other, fp32.
 
-    def __init__(self, d: int, vectors: int = 1):
+    scale is the size of one entry of a typical embedding, so that a learning rate means the same for any text encoder.
+    """
+
+    def __init__(self, d: int, scale: float, vectors: int = 1):
         super().__init__()
         self.row = nn.Parameter(torch.zeros(vectors * d))
-        self.shape = vectors, d
+        self.shape, self.scale = (vectors, d), scale
 
     def forward(self) -> Tensor:
-        return self.row.view(self.shape)
+        return self.row.view(self.shape) * self.scale
 
     @torch.no_grad()
     def reset_(self, start: Tensor, generator: torch.Generator) -> None:
-        self().copy_(start)
+        self.row.copy_((start.expand(self.shape) / self.scale).flatten())
 
 
 class _Word:
@@ -208,11 +211,12 @@ class TokenBank(nn.Module):
         self._hooks = []
         for name, word in self._words.items():
             d = word.embedding.embedding_dim
+            scale = word.norm / math.sqrt(d)
             if mlp:
                 shape = config.token_input_width, config.token_width, config.token_depth, d
-                maker = TokenMLP(*shape, scale=word.norm / math.sqrt(d), vectors=self.vectors)
+                maker = TokenMLP(*shape, scale=scale, vectors=self.vectors)
             else:
-                maker = TokenRow(d, self.vectors)
+                maker = TokenRow(d, scale, self.vectors)
             self.makers[name] = maker.to(word.table.device)
             self._hooks.append(word.embedding.register_forward_hook(self._substitute(self.makers[name], word)))
 
