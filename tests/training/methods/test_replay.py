@@ -82,18 +82,22 @@ def test_each_task_and_concept_draws_from_other_noise(three, tmp_path, monkeypat
 
 
 def test_drawn_pictures_are_in_the_bank_as_they_were_drawn(three, tmp_path, monkeypatch):
-    banks, load = [], loop.Loader.load
+    banks, samples, load = [], [], loop.Loader.load
 
     def watch(loader, concept, seed, drawn=None):
         data = load(loader, concept, seed, drawn)
         banks.append((data, drawn, loader.vae))
         return data
 
+    monkeypatch.setattr(replay, "sample", lambda *args, **how: samples.append(sample(*args, **how)) or samples[-1])
     monkeypatch.setattr(loop.Loader, "load", watch)
     run(tinypipes.sd15(), three, tmp_path / "run", method="replay", steps=1, **CHEAP["replay"])
     assert [None if drawn is None else drawn.texts for _, drawn, _ in banks] == [
         None, ["a photo of <cat>"], ["a photo of <cat>", "a photo of <cup>"],
     ]
+    images = [image for _, drawn, _ in banks[1:] for image in drawn.images]
+    # samples are in [0, 1], pictures in [-1, 1]
+    assert all(torch.equal((image + 1) / 2, one[0]) for image, one in zip(images, samples, strict=True))
     for data, drawn, vae in banks[1:]:
         (feed,) = data.feeds.values()
         with torch.no_grad():
