@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import errno
 import sys
-import warnings
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from .errors import StaminaError, StaminaWarning
+from .errors import StaminaError
+from .quiet import quiet
 
 
 def explain(error: Exception) -> str:
@@ -42,24 +42,6 @@ class Commands(TyperGroup):
                 raise
             typer.secho(f"stamina-fast: {explain(error)}", fg="red", err=True)
             raise typer.Exit(2) from None
-
-
-def quiet() -> None:
-    """Hide progress bars and warnings of diffusers and transformers, and print our own warnings as one line each."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    for library in (of_diffusers, of_transformers):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers")
-    warnings.filterwarnings("always", category=StaminaWarning)
-    warnings.formatwarning = one_line
-
-
-def one_line(message, category, *where, usual=warnings.formatwarning) -> str:
-    """A warning as the command line prints it: ours without the place in the code that gave it."""
-    return f"stamina-fast: {message}\n" if issubclass(category, StaminaWarning) else usual(message, category, *where)
 
 
 app = typer.Typer(

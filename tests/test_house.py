@@ -15,6 +15,7 @@ PACKAGE = ROOT / "stamina_fast"
 # from the ground floor up: a part may import the parts of floors below it, and itself
 LAYERS = (
     ("errors", "seeds", "kernels"),
+    ("quiet",),
     ("ops", "pipeline", "io"),
     ("adapter",),
     ("reopen",),

@@ -19,6 +19,7 @@ from ..io.files import write_json
 from ..io.images import list_images, open_image
 from ..io.run import Run
 from ..pipeline.load import TINY, load_pipeline, resolution_of
+from ..quiet import quiet
 from ..tiny.concepts import write_concepts
 from ..tiny.identities import Identity, identity
 from ..tiny.renders import of_identities
@@ -58,12 +59,13 @@ def run_demo(output: str | Path = "runs/demo", quick: bool = False, *, model=TIN
         console.print(f"Teaching {len(subjects)} identities, one after another: {', '.join(subjects)}. STAMINA here, and plain "
                       "sequential LoRA in a second process beside it.")
         shared = (concepts, pictures, plan, model, seed, device)
-        beside = multiprocessing.get_context("spawn").Process(target=learn, args=("lora", folders["lora"], *shared, False))
+        beside = multiprocessing.get_context("spawn").Process(target=learn_beside, args=("lora", folders["lora"], *shared))
         beside.start()
         try:
             learn("stamina", output, *shared, progress)
             classifier = recognise(subjects, size, plan)
-            console.print("waiting for LoRA to finish", end="\r")
+            if beside.is_alive():
+                console.print("STAMINA is done. Waiting for LoRA.")
             beside.join()
         finally:
             beside.kill()
@@ -89,6 +91,12 @@ def learn(method: str, output: Path, concepts: Path, pictures: Path, plan: Plan,
     evaluate_run(output, samples=plan.samples, steps=plan.sampler_steps, guidance=(GUIDANCE,), model=model, device=device,
                  progress=progress, triangle=False)
     Samples.of(output).draw(load_pipeline(output / "model", device), prompt_of(names), GUIDANCE, PAIRS, PAIRS)
+
+
+def learn_beside(*args) -> None:
+    """`learn` in a process of its own, which prints nothing but errors."""
+    quiet()
+    learn(*args, progress=False)
 
 
 def prompt_of(names: Sequence[str]) -> str:

@@ -6,14 +6,17 @@ subjects, so that a picture of nothing in particular is not given the nearest na
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import FileError, InputError
+from ..io.files import read_tensors, write_tensors
 
 OTHER = "other"
 WIDTHS = (32, 64, 128)
@@ -66,6 +69,24 @@ class Classifier:
     def share(self, images: Tensor, name: str) -> float:
         """The share of the pictures that get this name."""
         return sum(found == name for found in self.name(images)) / len(images)
+
+    def save(self, path: str | Path) -> str:
+        """Write names and weights as one safetensors file, atomically; return its SHA-256."""
+        names = torch.tensor(list(json.dumps(self.names).encode()), dtype=torch.uint8)
+        return write_tensors(Path(path), {"names": names, **self.network.state_dict()})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Classifier:
+        """A classifier from the file that `save` wrote. Raises FileError for any other file."""
+        tensors = read_tensors(Path(path))
+        try:
+            names = json.loads(bytes(tensors.pop("names").tolist()))
+            network = Network(len(names))
+            network.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise FileError(f"{str(path)!r} holds no classifier: {' '.join(str(error).split())[:200]}; remove it, so that it "
+                            "is trained again") from error
+        return cls(names, network)
 
 
 def train_classifier(images: Tensor, labels: Tensor, names: Sequence[str], *, steps: int = 600, batch: int = 64,

@@ -97,6 +97,34 @@ def transformers_encoder(name: str, device: str | torch.device = "cpu", batch: i
     return encode
 
 
+def text_encoder(name: str, device: str | torch.device = "cpu") -> Callable[[Sequence[str]], torch.Tensor] | None:
+    """The text embedding of a CLIP, scaled to length 1: a function from texts to float64 `[n, d]`. None for other encoders.
+
+    Raises InputError as `encoder` does.
+    """
+    if name == "layout":
+        return None
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = _model_folder(name)
+    try:
+        model = AutoModel.from_pretrained(folder).to(device).eval()
+        if not hasattr(model, "get_text_features"):
+            return None
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"features {name!r}: {folder} holds no model and tokenizer that transformers can load "
+                         f"({str(error).splitlines()[0]}); give the folder of a CLIP or DINOv2 model") from error
+
+    @torch.no_grad()
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        inputs = tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(device)
+        output = model.get_text_features(**inputs)
+        return torch.nn.functional.normalize(getattr(output, "pooler_output", output).double().cpu(), dim=1)
+
+    return encode
+
+
 def encoder(name: str = "layout", device: str | torch.device = "cpu") -> Encoder:
     """The encoder of that name: a function from pictures to features float64 `[n, d]`. Raises InputError if it is not here."""
     return layout if name == "layout" else transformers_encoder(name, device)

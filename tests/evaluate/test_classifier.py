@@ -1,10 +1,15 @@
-"""The classifier that names samples."""
+"""The classifier that names samples, as a file too, and texts in CLIP's features."""
 
 import pytest
+import tinyencoders
 import torch
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import CLIPModel, CLIPTokenizer
 
-from stamina_fast.errors import InputError
-from stamina_fast.evaluate.classifier import disturb, train_classifier
+from stamina_fast.errors import FileError, InputError
+from stamina_fast.evaluate.classifier import Classifier, disturb, train_classifier
+from stamina_fast.evaluate.features import encoder, text_encoder
 from stamina_fast.evaluate.naming import named_in, tensor_of
 from stamina_fast.tiny.identities import identity
 from stamina_fast.tiny.renders import of_identities, views
@@ -63,10 +68,47 @@ def test_disturbed_pictures_stay_near():
 
 
 def test_named_in_counts_pictures(classifier):
-    from PIL import Image
-
     pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in views(SUBJECTS["keep"], range(6))]
     assert torch.equal(tensor_of(pictures), views(SUBJECTS["keep"], range(6)).float() / 255)
     names = classifier.name(tensor_of(pictures))
     assert named_in(pictures, "keep", classifier) == names.count("keep") / 6
     assert named_in(pictures, "ada", classifier) == names.count("ada") / 6
+
+
+def test_a_classifier_is_the_same_from_its_file(tmp_path):
+    pictures = torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    made = train_classifier(pictures, torch.arange(3).repeat(4), ["cät", "cup", "other"], steps=3, batch=4)
+    made.save(tmp_path / "classifier.safetensors")
+    read = Classifier.load(tmp_path / "classifier.safetensors")
+    assert read.names == ["cät", "cup", "other"]
+    assert torch.equal(read.probabilities(pictures / 255), made.probabilities(pictures / 255))
+
+
+@pytest.mark.parametrize("tensors", [
+    {"weights": torch.ones(2)}, {"names": torch.ones(2)}, {"names": torch.tensor(list(b'["a"]'), dtype=torch.uint8)},
+])
+def test_another_file_is_refused_in_one_line(tmp_path, tensors):
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(FileError, match="no classifier") as error:
+        Classifier.load(tmp_path / "x.safetensors")
+    assert "\n" not in str(error.value)
+
+
+def test_texts_lie_in_the_same_space_as_pictures(tmp_path):
+    folder = tinyencoders.clip(tmp_path / "clip")
+    texts = ["a photo of a cat", "a red ball on grass"]
+    got = text_encoder(str(folder))(texts)
+    model, tokenizer = CLIPModel.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        for row, text in zip(got, texts, strict=True):
+            ids = tokenizer(text, return_tensors="pt")
+            wanted = model.text_projection(model.text_model(**ids).pooler_output)[0].double()
+            torch.testing.assert_close(row, wanted / wanted.norm(), rtol=1e-4, atol=1e-5)
+    assert got.shape == (2, 16)
+
+
+def test_encoders_without_texts_have_none(tmp_path):
+    folder = tinyencoders.dino(tmp_path / "dino")
+    assert text_encoder(str(folder)) is None
+    assert text_encoder("layout") is None
+    assert callable(encoder(str(folder)))

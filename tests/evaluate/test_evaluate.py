@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import pytest
+import tinyencoders
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter
@@ -198,22 +199,9 @@ def test_layout_sees_the_subject_and_not_only_its_colours(photographs, name):
 
 @pytest.fixture(scope="module")
 def image_models(tmp_path_factory):
-    from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
-
     folder = tmp_path_factory.mktemp("models")
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32,
-              "patch_size": 8}
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 100,
-            "bos_token_id": 1, "eos_token_id": 2}
-    processor = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}, "do_resize": True,
-                 "do_center_crop": True, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-                 "do_rescale": True, "rescale_factor": 1 / 255, "resample": 3, "do_convert_rgb": True}
-    torch.manual_seed(0)
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder / "clip")
-    Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32,
-                             patch_size=8)).save_pretrained(folder / "dino")
-    for name, kind in (("clip", "CLIPImageProcessor"), ("dino", "BitImageProcessor")):
-        (folder / name / "preprocessor_config.json").write_text(json.dumps({**processor, "image_processor_type": kind}))
+    tinyencoders.clip(folder / "clip")
+    tinyencoders.dino(folder / "dino")
     return folder
 
 
