@@ -1,4 +1,4 @@
-"""The command line: `stamina-fast demo | train | sample | evaluate | export | bench | doctor`.
+"""The command line: `stamina-fast demo | train | sample | evaluate | export | benchmark | bench | doctor`.
 
 Each command imports what it needs when it runs, so that `--help` answers at once.
 """
@@ -6,6 +6,7 @@ Each command imports what it needs when it runs, so that `--help` answers at onc
 from __future__ import annotations
 
 import errno
+import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
@@ -210,6 +211,35 @@ def export(
     names = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
     export_diffusers(run, output, names, model=model, device=device)
     typer.echo(f"{output}: load it with diffusers.DiffusionPipeline.from_pretrained({str(output)!r})")
+
+
+@app.command()
+def benchmark(
+    plan: Annotated[str, typer.Option(help="quick, fifty, hundred, sweep, ablations, or a YAML file.")] = "quick",
+    output: Annotated[Path, typer.Option(help="The folder for all cells; the same command goes on.")] = Path("runs/benchmark"),
+    workers: Annotated[int, typer.Option(min=1, help="Cells at a time, each in a process of its own.")] = 1,
+    threads: Annotated[int, typer.Option(min=1, help="Of each process. The small model is fastest with one.")] = 1,
+    model: Annotated[str, typer.Option(help="A diffusers folder, the id of a model in the local hub cache, or tiny.")] = "tiny",
+    concepts: Annotated[Path | None, typer.Option(help="One folder of pictures a concept. Default: the world of tiny.")] = None,
+    features: Annotated[list[str] | None, typer.Option(help="May be repeated: layout, clip, dino, or a folder.")] = None,
+    device: Device = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the models and factors of finished cells.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try cells again that failed before.")] = False,
+    report: Annotated[Path | None, typer.Option(help="Only write the report of this folder again.")] = None,
+) -> None:
+    """Compare methods on many concepts, learned one after another, and write a report. Fails if a cell is not done."""
+    from .benchmark import run_benchmark, write_report
+
+    quiet()
+    if report is not None:
+        typer.echo(f"{write_report(report)} says what the cells show")
+        return
+    left = run_benchmark(
+        plan, output, workers=workers, threads=threads, model=model, concepts=None if concepts is None else str(concepts),
+        features=tuple(features or ("layout",)), device=device, keep=keep, retry=retry,
+        command=shlex.join(["stamina-fast", *sys.argv[1:]]),
+    )
+    raise typer.Exit(1 if left else 0)
 
 
 @app.command()

@@ -23,7 +23,7 @@ from stamina_fast.adapter.config import StaminaConfig
 from stamina_fast.cli import app
 from stamina_fast.training import TrainOptions
 
-COMMANDS = ("demo", "train", "sample", "evaluate", "export", "bench", "doctor")
+COMMANDS = ("demo", "train", "sample", "evaluate", "export", "benchmark", "bench", "doctor")
 SMALL = ("--steps", "2", "--rank", "2", "--batch", "1", "--device", "cpu")
 
 

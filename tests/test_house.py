@@ -22,6 +22,7 @@ LAYERS = (
     ("training", "evaluate"),
     ("tiny",),
     ("export", "doctor", "demo", "bench"),
+    ("benchmark",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -170,6 +171,7 @@ def test_wheel_is_complete(wheel):
     }
     model = PACKAGE / "tiny" / "model"
     wanted |= {f"stamina_fast/{path.relative_to(PACKAGE)}" for path in model.rglob("*") if path.is_file()}
+    wanted |= {f"stamina_fast/benchmark/plans/{path.name}" for path in (PACKAGE / "benchmark" / "plans").glob("*.yaml")}
     assert (model / "model_index.json").is_file()
     assert any(path.startswith("stamina_fast/kernels/") for path in wanted)
     assert wanted <= carried

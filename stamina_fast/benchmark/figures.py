@@ -1,0 +1,66 @@
+"""The plots of a report."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from ..evaluate.plots import AFTER, NAME, QUIET, STYLE, fit, save_figure
+
+Value = Mapping[str, object]
+
+
+def stability(path: Path, points: Mapping[str, tuple[Value, Value]], ylabel: str) -> None:
+    """A point for each arm: how well it learned, and what it still knows at the end, each as {"mean", "interval"}."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+        axes.grid(axis="x")
+        for label, (x, y) in points.items():
+            errors = [np.abs(np.array(value["interval"])[:, None] - value["mean"]) for value in (x, y)]
+            axes.errorbar(x["mean"], y["mean"], xerr=errors[0], yerr=errors[1], fmt="o", color=AFTER, ecolor=QUIET,
+                          elinewidth=0.7, markersize=5)
+            axes.annotate(fit(label, 2.2, 8.5), (x["mean"], y["mean"]), xytext=(5, 4), textcoords="offset points", fontsize=8.5)
+        axes.invert_xaxis()
+        axes.set_xlabel("P_mmd just after each task: the lower, the better it was learned")
+        axes.set_ylabel(ylabel)
+        axes.margins(0.12)
+        save_figure(figure, path)
+
+
+def ages(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """A line for each arm: the share of samples that is recognised, by the number of tasks since the concept was learned."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+        styles = ["-", "--", ":"]
+        for i, (label, line) in enumerate(lines.items()):
+            age, named = np.array(line, float).T
+            axes.plot(age, named, label=fit(label, 2.5, 9), color=f"C{i % 10}", linestyle=styles[i // 10 % 3], linewidth=1.5)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_xlabel("tasks since the concept was learned")
+        axes.set_ylabel("share of samples recognised")
+        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+        save_figure(figure, path)
+
+
+def overlap(path: Path, names: Sequence[str], panels: Mapping[str, Sequence[Sequence[float | None]]]) -> None:
+    """A square a pair of tasks, for each matrix: row t and column i compare what tasks t and i changed."""
+    with plt.rc_context(STYLE):
+        figure, grid = plt.subplots(1, len(panels), figsize=(1 + 4.5 * len(panels), 4.6), layout="constrained", squeeze=False)
+        for axes, (title, matrix) in zip(grid[0], panels.items(), strict=True):
+            values = np.array([[math.nan if value is None else value for value in row] for row in matrix], float)
+            np.fill_diagonal(values, math.nan)
+            known = values[~np.isnan(values)]
+            most = max(abs(known).max(), 1e-3) if known.size else 1
+            low, colours = (-most, "RdBu_r") if (known < 0).any() else (0, "viridis")
+            shown = axes.imshow(values, cmap=colours, vmin=low, vmax=most)
+            axes.grid(visible=False)
+            axes.set_title(title, fontsize=10)
+            ticks = range(0, len(names), math.ceil(len(names) / 12))
+            axes.set_xticks(list(ticks), [fit(names[i], NAME, 8) for i in ticks], rotation=45, ha="right", fontsize=8)
+            axes.set_yticks(list(ticks), [fit(names[i], NAME, 8) for i in ticks], fontsize=8)
+            figure.colorbar(shown, ax=axes, shrink=0.8)
+        save_figure(figure, path)
