@@ -52,11 +52,13 @@ def of_subjects(subjects: Mapping[str, Identity], size: int, renders: Renders) -
     The accuracy is that on renders it was not trained on, whole and halves apart: the mean over the subjects, the least of
     them by name, and that on strangers.
     """
-    parts = [of_identities(subjects, renders.each, FIRST_TRAINED, 6 * renders.each, OTHER, size, draw)
+    # a third of every batch are strangers: with fewer, most strangers would get the name of a subject of their kind
+    many = max(1, len(subjects) // 2)
+    parts = [of_identities(subjects, renders.each, FIRST_TRAINED, max(6, many) * renders.each, OTHER, size, draw)
              for draw in (views, halves)]
     names = parts[0][2]
     classifier = train_classifier(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]), names,
-                                  steps=renders.steps)
+                                  steps=renders.steps, shares=[1.0] * len(subjects) + [float(many)])
     measured = {}
     for what, draw in (("whole", views), ("halves", halves)):
         pictures, labels, _ = of_identities(subjects, HELD_OUT, FIRST_HELD_OUT, 4 * HELD_OUT, OTHER, size, draw)

@@ -90,10 +90,11 @@ class Classifier:
 
 
 def train_classifier(images: Tensor, labels: Tensor, names: Sequence[str], *, steps: int = 600, batch: int = 64,
-                     rate: float = 3e-3, seed: int = 0) -> Classifier:
+                     rate: float = 3e-3, seed: int = 0, shares: Sequence[float] | None = None) -> Classifier:
     """Train on pictures uint8 [n, 3, H, W] with labels int64 [n], which index `names`; a function of the arguments alone.
 
-    AdamW with a one-cycle rate. A batch has as many pictures of each class, on average, however many each has.
+    AdamW with a one-cycle rate. A batch has as many pictures of each class, on average, however many each has; or as many
+    as `shares` says, a number above 0 for each name.
     Raises InputError for a name without pictures.
     """
     counts = torch.bincount(labels, minlength=len(names))
@@ -103,7 +104,8 @@ def train_classifier(images: Tensor, labels: Tensor, names: Sequence[str], *, st
     with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         network = Network(len(names)).train()
-    draw, weights = torch.Generator().manual_seed(seed), (1 / counts.double())[labels]
+    wanted = torch.ones(len(names)) if shares is None else torch.tensor(shares)
+    draw, weights = torch.Generator().manual_seed(seed), (wanted.double() / counts)[labels]
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
     for step in range(steps):
         for group in optimizer.param_groups:

@@ -84,6 +84,15 @@ def test_a_classifier_is_the_same_from_its_file(tmp_path):
     assert torch.equal(read.probabilities(pictures / 255), made.probabilities(pictures / 255))
 
 
+def test_a_name_with_a_larger_share_is_given_more_often():
+    # pictures that say nothing: what is left is how often each name was seen
+    pictures, labels = torch.full((40, 3, 16, 16), 128, dtype=torch.uint8), torch.arange(2).repeat(20)
+    made = (train_classifier(pictures, labels, ["a", "b"], steps=60, shares=shares) for shares in (None, [1.0, 9.0]))
+    even, much = (classifier.probabilities(pictures[:1] / 255)[0, 1] for classifier in made)
+    assert 0.35 < even < 0.65
+    assert much > 0.75
+
+
 @pytest.mark.parametrize("tensors", [
     {"weights": torch.ones(2)}, {"names": torch.ones(2)}, {"names": torch.tensor(list(b'["a"]'), dtype=torch.uint8)},
 ])
