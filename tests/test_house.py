@@ -21,8 +21,8 @@ LAYERS = (
     ("reopen",),
     ("training", "evaluate"),
     ("tiny",),
-    ("export", "doctor", "demo", "bench"),
-    ("benchmark",),
+    ("export", "doctor", "bench"),
+    ("demo", "benchmark"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -7,9 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..bench.machine import describe
 from ..errors import StaminaError
 from ..evaluate import evaluate_run, keep_held_out, plots
 from ..evaluate.classifier import OTHER, Classifier, train_classifier
@@ -32,9 +34,9 @@ IDENTITIES = {
 }
 # two learned concepts in one prompt
 PAIR, PAIRS = ("ada", "belfry"), "pairs"
-GUIDANCE = 2.0
+GUIDANCE = 3.0
 METHODS = ("stamina", "lora")
-FULL = Plan({"steps": 250, "batch": 8, "learning_rate": 5e-4, "token_learning_rate": 3e-2, "lr_schedule": "cosine",
+FULL = Plan({"steps": 250, "batch": 8, "learning_rate": 4e-4, "token_learning_rate": 5e-2, "lr_schedule": "cosine",
              "warmup": 10, "density": 0.5, "crops": 1, "flip": True}, samples=16, sampler_steps=20)
 QUICK = Plan(FULL.train | {"steps": 10, "batch": 4, "warmup": 2, "read_every": 4}, samples=4, sampler_steps=4)
 
@@ -72,7 +74,8 @@ def run_demo(output: str | Path = "runs/demo", quick: bool = False, *, model=TIN
         if beside.exitcode:
             raise StaminaError(f"the second process, with LoRA, ended with code {beside.exitcode}; its message is above")
         result = {method: outcome(Run.open(folder), classifier) for method, folder in folders.items()}
-    result["seconds"] = time.perf_counter() - start
+    result |= {"seconds": time.perf_counter() - start, "seed": seed, "steps": plan.train["steps"], "samples": plan.samples,
+               "machine": describe(str(device or ("cuda:0" if torch.cuda.is_available() else "cpu")))}
     write_json(output / "demo.json", result)
     draw(output / "demo.png", folders, pictures, list(subjects), result)
     report(console, output, subjects, result)

@@ -21,8 +21,8 @@ class TrainOptions:
     batch                   pictures in a step, of each process if there are several
     optimizer               "adamw"; "adamw8bit": moments in 8 bits (bitsandbytes); "prodigy": finds its step size itself
                             (prodigyopt, arXiv 2306.06101). Only adamw's update is part of a captured step
-    learning_rate           of the low-rank factors and the masks; None: 1e-3, or 1 for prodigy, whose step size it multiplies
-    token_learning_rate     of the MLP that makes the concept's token; None: 5e-3, or 1 for prodigy
+    learning_rate           of the low-rank factors and the masks; None: 4e-4, or 1 for prodigy, whose step size it multiplies
+    token_learning_rate     of what makes the concept's token, in sizes of a word; None: 5e-2, or 1 for prodigy
     scale_lr                multiply both rates by batch · processes / 4: the defaults are meant for 4 pictures a step
     lr_schedule             "constant", or "linear" or "cosine", which fall to zero over a concept
     warmup                  steps of linear rise before that
@@ -146,7 +146,7 @@ class TrainOptions:
 
     def learning_rates(self, processes: int) -> tuple[float, float]:
         """(rate of factors and masks, rate of the token) for this many processes, before the schedule."""
-        usual = (1.0, 1.0) if self.optimizer == "prodigy" else (1e-3, 5e-3)
+        usual = (1.0, 1.0) if self.optimizer == "prodigy" else (4e-4, 5e-2)
         rates = zip((self.learning_rate, self.token_learning_rate), usual, strict=True)
         return tuple((default if given is None else given) * self.scale(processes) for given, default in rates)
 

@@ -47,8 +47,7 @@ def test_the_demo_leaves_a_picture_and_says_what_is_remembered(tmp_path, little,
     kept = (run / "tasks" / "01-ada" / "factors.safetensors").stat().st_mtime_ns
     again = run_demo(run, quick=True, model=little, subjects=SUBJECTS, progress=False)
     assert (run / "tasks" / "01-ada" / "factors.safetensors").stat().st_mtime_ns == kept
-    assert [again[method]["concepts"] for method in again if method != "seconds"] == [
-        result[method]["concepts"] for method in result if method != "seconds"]
+    assert [again[method] for method in identities.METHODS] == [result[method] for method in identities.METHODS]
 
 
 def test_an_error_in_the_second_process_is_an_error(tmp_path, little):

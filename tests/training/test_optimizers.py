@@ -157,8 +157,8 @@ def test_a_missing_library_is_one_line_before_anything_is_loaded(name, two, tmp_
 
 
 def test_rates_are_those_of_the_optimizer():
-    assert TrainOptions().learning_rates(1) == (1e-3, 5e-3)
-    assert TrainOptions(optimizer="adamw8bit", learning_rate=0).learning_rates(1) == (0, 5e-3)
+    assert TrainOptions().learning_rates(1) == (4e-4, 5e-2)
+    assert TrainOptions(optimizer="adamw8bit", learning_rate=0).learning_rates(1) == (0, 5e-2)
     assert TrainOptions(optimizer="prodigy").learning_rates(1) == (1, 1)
     assert TrainOptions(optimizer="prodigy", token_learning_rate=0.5, scale_lr=True).learning_rates(2) == (2, 1)
     with pytest.raises(InputError, match="optimizer must be one of adamw, adamw8bit, prodigy, got 'lion'"):

@@ -18,7 +18,7 @@ from stamina_fast.pipeline.sampling import check_tokens
 from stamina_fast.training.backbone import Backbone
 
 PROMPT = "a photo of <cup> left of <cat> on grass"
-WORDS = {"cat": "dog", "cup": "bottle"}
+WORDS = {"cat": "dog", "cup": "house"}
 
 
 def states(pipeline, prompt=PROMPT):
@@ -73,8 +73,8 @@ def test_resume_ends_in_the_same_bits_with_words_and_vectors(killed_at, three, t
     whole, pipeline = tinypipes.sd15(), tinypipes.sd15()
     run(whole, three, tmp_path / "whole", **options)
     run_until(killed_at, tinypipes.sd15(), three, tmp_path / "run", **options)
-    with pytest.raises(InputError, match=r"concepts\.cat\.initializer_token was 'dog', is 'bird'"):
-        run(tinypipes.sd15(), three, tmp_path / "run", resume=True, **options | {"initializer_token": WORDS | {"cat": "bird"}})
+    with pytest.raises(InputError, match=r"concepts\.cat\.initializer_token was 'dog', is 'fish'"):
+        run(tinypipes.sd15(), three, tmp_path / "run", resume=True, **options | {"initializer_token": WORDS | {"cat": "fish"}})
     with pytest.raises(InputError, match=r"token_vectors was 2, is 1"):
         run(tinypipes.sd15(), three, tmp_path / "run", resume=True, **options | {"token_vectors": 1})
     run(pipeline, three, tmp_path / "run", resume=True, **options)
@@ -87,7 +87,7 @@ def test_evaluate_and_export_start_from_the_same_words(three, tmp_path, monkeypa
     tinypipes.sd15().save_pretrained(tmp_path / "base")
     run(str(tmp_path / "base"), three, tmp_path / "run", token_vectors=2, initializer_token=WORDS, steps=1, device="cpu")
     trained, begun[:] = list(begun), []
-    assert [word for _, _, word in trained] == ["dog", "bottle", None]
+    assert [word for _, _, word in trained] == ["dog", "house", None]
     evaluate_run(tmp_path / "run", samples=2, steps=1, guidance=(1.0,), device="cpu", progress=False)
     assert begun == trained
     again = rebuild(Run.open(tmp_path / "run"), ["cat", "cup", "rocket"], device="cpu")
