@@ -109,9 +109,13 @@ def prompt_of(names: Sequence[str]) -> str:
 
 
 def recognise(subjects: Mapping[str, Identity], size: int, plan: Plan) -> Classifier:
-    """A classifier of the subjects and of strangers, trained on renders that no concept was taught from."""
-    each, steps = (120, 400) if plan is FULL else (8, 8)
-    return train_classifier(*of_identities(subjects, each, 2000, 6 * each, OTHER, size), steps=steps)
+    """A classifier of the subjects and of strangers, trained on renders that no concept was taught from.
+
+    A third of its pictures are strangers, most of them of the kinds of the subjects: any woman must not pass for one.
+    """
+    each, steps = (150, 600) if plan is FULL else (8, 8)
+    renders = of_identities(subjects, each, 2000, 6 * each, OTHER, size)
+    return train_classifier(*renders, steps=steps, shares=[1.0] * len(subjects) + [len(subjects) / 2])
 
 
 def outcome(run: Run, classifier: Classifier) -> dict:
