@@ -48,10 +48,8 @@ NEAR = 0.6
 
 # the pictures are crops and mirror images already, and are taken whole
 PICTURES = {"crops": 8, "crop_scale": 1.0, "flip": False}
-# the forgetting penalty keeps earlier concepts and hinders later ones: its weight is a compromise
-FULL = Plan({"method": "c-stamina", "steps": 600, "batch": 8, "learning_rate": 3e-3, "token_learning_rate": 5e-3,
-             "lr_schedule": "cosine", "warmup": 10, "density": 0.5, "forgetting_weight": 0.1} | PICTURES,
-            samples=16, sampler_steps=20)
+FULL = Plan({"steps": 500, "batch": 8, "learning_rate": 1e-3, "token_learning_rate": 5e-2, "lr_schedule": "cosine",
+             "warmup": 10, "density": 0.5, "token_vectors": 4} | PICTURES, samples=16, sampler_steps=15)
 QUICK = Plan({"steps": 20, "batch": 4, "warmup": 2, "read_every": 4} | PICTURES, samples=4, sampler_steps=5)
 
 # shifts right and down as shares of the side, and the scale of a crop; no crop is in both
