@@ -36,7 +36,7 @@ IDENTITIES = {
 PAIR, PAIRS = ("ada", "belfry"), "pairs"
 GUIDANCE = 3.0
 METHODS = ("stamina", "lora")
-FULL = Plan({"steps": 300, "batch": 8, "learning_rate": 1e-3, "token_learning_rate": 5e-2, "lr_schedule": "cosine",
+FULL = Plan({"steps": 300, "batch": 8, "learning_rate": 6e-4, "token_learning_rate": 5e-2, "lr_schedule": "cosine",
              "warmup": 10, "density": 0.5, "token_vectors": 4, "crops": 1, "flip": True}, samples=16, sampler_steps=20)
 QUICK = Plan(FULL.train | {"steps": 10, "batch": 4, "warmup": 2, "read_every": 4}, samples=4, sampler_steps=4)
 
