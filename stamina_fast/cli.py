@@ -170,7 +170,7 @@ def sample(
 @app.command()
 def evaluate(
     run: Run,
-    samples: Annotated[int, typer.Option(min=2, help="Pictures of every concept after every task.")] = 32,
+    samples: Annotated[int, typer.Option(min=2, help="Pictures of every concept at a time.")] = 32,
     guidance: Annotated[list[float] | None, typer.Option(min=1.0, help="May be repeated. Default: 1 and 3.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
     features: Annotated[str, typer.Option(help="layout, clip, dino, or the folder of a CLIP or DINOv2.")] = "layout",
@@ -178,6 +178,7 @@ def evaluate(
     real: Annotated[Path | None, typer.Option(help="One folder of real pictures a concept. Default: the run's.")] = None,
     seed: Seed = 0,
     device: Device = None,
+    triangle: Annotated[bool, typer.Option(help="Every concept after every later task; or after its own and the last.")] = True,
 ) -> None:
     """Measure what was learned and what was forgotten (A_mmd, F_mmd, P_mmd), with grids and plots, into RUN."""
     from .evaluate import evaluate_run
@@ -185,7 +186,7 @@ def evaluate(
     quiet()
     metrics = evaluate_run(
         run, samples=samples, guidance=guidance or (1.0, 3.0), steps=steps, features=features, seed=seed, model=model,
-        real=real, device=device,
+        real=real, device=device, triangle=triangle,
     )
     drift = "" if metrics["F_mmd"] is None else f", F_mmd {metrics['F_mmd']:.4f}"
     typer.echo(f"A_mmd {metrics['A_mmd']:.4f}{drift}; {run / 'metrics.json'} has the rest, {run / 'plots'} the pictures")

@@ -4,6 +4,7 @@
     manifest.json              {"tasks": [{"name", "sha256", "folder", "files", "folded_by"}, …], "config", "sha256"}
     tasks/NN-name/             factors.safetensors, token.safetensors, curve.json, task.json; method.safetensors if the method
                                keeps more of a task; and pictures, not hashed
+    metrics.json, plots/, samples/, real/   what an evaluation leaves and reads, not hashed
     checkpoint-NN-STEP.safetensors   the state of an unfinished task after STEP steps, hashed in the manifest too
 
 token.safetensors is a textual inversion: {token: [n, d]}, which diffusers' load_textual_inversion reads. A model with two text
