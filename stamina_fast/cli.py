@@ -224,7 +224,7 @@ def benchmark(
     concepts: Annotated[Path | None, typer.Option(help="One folder of pictures a concept. Default: the world of tiny.")] = None,
     features: Annotated[list[str] | None, typer.Option(help="May be repeated: layout, clip, dino, or a folder.")] = None,
     device: Device = None,
-    keep: Annotated[bool, typer.Option("--keep", help="Keep the models and factors of finished cells.")] = False,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the models and factors of finished cells, in every call.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try cells again that failed before.")] = False,
     report: Annotated[Path | None, typer.Option(help="Only write the report of this folder again.")] = None,
 ) -> None:

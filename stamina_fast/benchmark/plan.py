@@ -141,6 +141,8 @@ class Cell:
 
     def problem(self) -> str | None:
         """Why the cell cannot be trained, or None. Nothing is loaded to find out."""
+        if "seed" in self.options:
+            return "seed is no option of a plan; give the seeds of a group as seeds"
         try:
             settings(self.method, StaminaConfig(), TrainOptions(), {**self.options, "seed": self.seed})
         except InputError as error:

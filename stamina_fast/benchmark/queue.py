@@ -199,8 +199,8 @@ class Watch:
                     except EOFError:
                         process = live.pop(ready)
                         process.join()
-                        if process.exitcode:
-                            self.lost(ready, process.exitcode)
+                        # one that died before it began a cell would die again
+                        if process.exitcode and self.lost(ready, process.exitcode):
                             self.start(context, live)
         finally:
             for process in live.values():
@@ -231,9 +231,12 @@ class Watch:
         else:
             self.console.print(f"{cell}: failed: {more}")
 
-    def lost(self, worker, code: int) -> None:
+    def lost(self, worker, code: int) -> bool:
+        """Say that a worker was killed, and return whether it was working on a cell."""
         cell = self.current.pop(worker, None)
-        self.console.print(f"{cell or 'a worker'}: its process ended with code {code}; the same command goes on with it")
+        remedy = "the same command goes on with it" if cell else "see its message above, and run the same command again"
+        self.console.print(f"{cell or 'a worker'}: its process ended with code {code}; {remedy}")
+        return cell is not None
 
     def left(self) -> str:
         """The time that the rest will take, by the mean of finished cells."""

@@ -83,7 +83,8 @@ def scenes(count: int) -> list[tuple[str, str]]:
         caption = scene(seed, 8)[1]
         words = [word for word in caption.split() if word in KINDS]
         plain = caption.startswith(("a photo of", "a picture of")) and not any(side in caption for side in SIDES)
-        if plain and len(words) == 1 and sum(kind == words[0] for _, kind in found) < most:
+        known = any(caption == other for other, _ in found)
+        if plain and not known and len(words) == 1 and sum(kind == words[0] for _, kind in found) < most:
             found.append((caption, words[0]))
     return found
 

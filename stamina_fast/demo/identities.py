@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..evaluate.naming import NAMED, named_in
 from ..evaluate.samples import BASE, Samples, after
 from ..io.files import write_json
 from ..io.images import list_images, open_image
+from ..io.names import token_for
 from ..io.run import Run
 from ..pipeline.load import TINY, load_pipeline, resolution_of
 from ..quiet import quiet
@@ -86,8 +88,7 @@ def run_demo(output: str | Path = "runs/demo", quick: bool = False, *, model=TIN
 def learn(method: str, output: Path, concepts: Path, pictures: Path, plan: Plan, model, seed: int, device,
           progress: bool) -> None:
     """Learn all concepts with one method into the RUN folder `output`, and draw its samples."""
-    run = train(model, concepts, output, method=method, device=device, resume=(output / "manifest.json").exists(),
-                progress=progress, seed=seed, **plan.train)
+    run = train(model, concepts, output, method=method, device=device, resume=True, progress=progress, seed=seed, **plan.train)
     names = [task["name"] for task in run.tasks()]
     for name in names:
         keep_held_out(output, name, list_images(pictures / "held-out" / name))
@@ -97,15 +98,18 @@ def learn(method: str, output: Path, concepts: Path, pictures: Path, plan: Plan,
 
 
 def learn_beside(*args) -> None:
-    """`learn` in a process of its own, which prints nothing but errors."""
+    """`learn` in a process of its own, which prints nothing but an error, in one line."""
     quiet()
-    learn(*args, progress=False)
+    try:
+        learn(*args, progress=False)
+    except StaminaError as error:
+        sys.exit(f"stamina-fast, the second process: {error}")
 
 
 def prompt_of(names: Sequence[str]) -> str:
     """A prompt with two of the concepts."""
     one, two = PAIR if set(PAIR) <= set(names) else (names[0], names[-1])
-    return f"a photo of <{one}> left of <{two}>"
+    return f"a photo of {token_for(one)} left of {token_for(two)}"
 
 
 def recognise(subjects: Mapping[str, Identity], size: int, plan: Plan) -> Classifier:

@@ -108,8 +108,7 @@ def run_photographs(output: str | Path = "runs/demo", quick: bool = False, *, mo
     concepts = prepare_concepts(photographs, resolution_of(pipeline), subjects)
     console.print(f"Teaching {len(subjects)} photographed subjects, one after another, on {pipeline.unet.device}: "
                   f"{', '.join(sorted(subjects))}.")
-    resume = (output / "manifest.json").exists()
-    run = train(model, concepts, output, device=device, resume=resume, progress=progress, **plan.train)
+    run = train(model, concepts, output, device=device, resume=True, progress=progress, **plan.train)
     for name in subjects:
         keep_held_out(output, name, list_images(photographs / "held-out" / name))
     metrics = evaluate_run(output, samples=plan.samples, steps=plan.sampler_steps, guidance=GUIDANCE, model=model,

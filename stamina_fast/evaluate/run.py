@@ -1,8 +1,8 @@
-"""evaluate_run: rebuild the model after every task, sample all concepts so far, and compare with real images."""
+"""evaluate_run: rebuild the model after every task, sample concepts, and compare with real images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -72,8 +72,9 @@ def evaluate_run(
             "bandwidth": BANDWIDTH_RULE, "intervals": "95% bootstrap, 1000 draws", "real_images": kind,
             "real_counts": [len(images) for images in pictures],
         },
-        "parameters": {"trainable": sum(p.numel() for p in adapters.parameters()),
-                       "stored_per_task": sum(x.numel() for part in tasks[0][:2] for x in part.values())},
+        "parameters": {"trainable": trained_parameters(adapters, run.config["train"]),
+                       "stored_per_task": sum(x.numel() for part in (tasks[0].factors, tasks[0].token, tasks[0].kept)
+                                              for x in part.values())},
     }
     write_json(run.path / "metrics.json", metrics)
     stages = {"base": [BASE] * count, "after": [after(t) for t in range(count)], "end": [after(count - 1)] * count}
@@ -92,6 +93,12 @@ def _metrics(tasks: Sequence[Task], by_guidance: dict[str, dict], weights: list[
     ]
     return {"A_mmd": top["A_mmd"], "F_mmd": top["F_mmd"], "P_mmd": top["P_mmd"], "tasks": rows, "guidance": float(first),
             "by_guidance": by_guidance}
+
+
+def trained_parameters(adapters, options: Mapping) -> int:
+    """How many parameters of the adapters a task trains: those whose learning rate is not 0."""
+    rates = {True: options["token_learning_rate"], False: options["learning_rate"]}
+    return sum(p.numel() for name, p in adapters.named_parameters() if p.requires_grad and rates[name.startswith("token")] != 0)
 
 
 class Sampler:

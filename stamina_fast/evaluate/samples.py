@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ..errors import FileError
 from ..io.files import clear_errors, make_folder, new_folder, read_json, remove, write_json
 from ..io.images import write_image
 from ..io.names import inside, safe_name
@@ -24,7 +25,9 @@ def after(task: int) -> str:
 
 
 class Samples:
-    """The samples in RUN/samples of one count, seed, number of sampler steps and size; others that are there are removed.
+    """The samples in RUN/samples of one count, seed, number of sampler steps and size; older ones of others are removed.
+
+    Raises FileError for a folder of that name with anything else in it.
 
     count   pictures in a folder; picture i starts from the same noise in every folder
     seed    of the noise
@@ -38,6 +41,10 @@ class Samples:
         if settings.is_file() and read_json(settings) == self.how:
             return
         with clear_errors("replace", self.path):
+            if not settings.is_file() and self.path.is_dir() and any(self.path.iterdir()):
+                raise FileError(f"{str(self.path)!r} holds files that are not samples of an evaluation; move them elsewhere")
+            # first, so that a kill leaves no settings beside half of what they describe
+            remove(settings)
             remove(self.path)
         make_folder(self.path)
         write_json(settings, self.how)
@@ -66,7 +73,9 @@ class Samples:
                 write_image(partial / f"{i:04d}.png", image)
 
     def read(self, guidance: float, stage: str, name: str) -> list[Image.Image]:
-        """The pictures of one prompt, in order."""
+        """The pictures of one prompt, in order. Raises FileError if they were not drawn."""
         folder = self.folder(guidance, stage, name)
+        if not folder.is_dir():
+            raise FileError(f"there are no samples of {name!r} at guidance {guidance:g}, {stage}; run the evaluation again")
         with clear_errors("read", folder):
             return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]

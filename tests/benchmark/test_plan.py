@@ -4,10 +4,16 @@ import json
 
 import pytest
 
+from stamina_fast.adapter.checks import check_projections
+from stamina_fast.adapter.config import StaminaConfig
 from stamina_fast.benchmark.plan import Cell, Plan, check, load_plan, plan_names
 from stamina_fast.benchmark.subjects import identities, pairs, scenes
 from stamina_fast.errors import InputError
+from stamina_fast.pipeline.projections import find_projections
 from stamina_fast.tiny.identities import KINDS
+from stamina_fast.tiny.pipeline import build_unet
+from stamina_fast.training.methods import settings
+from stamina_fast.training.options import TrainOptions
 
 
 def plan(*groups, **sizes) -> Plan:
@@ -45,15 +51,28 @@ def test_every_plan_that_ships_is_sound():
     assert set(plan_names()) == {"quick", "fifty", "hundred", "sweep", "ablations"}
     for name in plan_names():
         cells = load_plan(name).cells()
-        problems = {problem for cell in cells if (problem := cell.problem())}
-        assert all("no method" in problem for problem in problems), problems
-        assert any(cell.problem() is None for cell in cells)
+        assert not {problem for cell in cells if (problem := cell.problem())}
     assert [load_plan(name).identities for name in ("quick", "fifty", "hundred")] == [3, 50, 100]
     fifty = load_plan("fifty").cells()
     for method in ("stamina", "lora", "c-stamina", "c-lora", "token-only", "custom-diffusion", "ewc", "null-space", "joint",
                    "frozen"):
         assert {cell.order for cell in fifty if cell.method == method} == {0, 1, 2}
     assert len({cell.label for cell in fifty if cell.method == "c-lora"}) == 3
+
+
+@pytest.mark.parametrize("name", plan_names())
+def test_every_cell_of_a_plan_fits_the_small_model(name):
+    """Ranks above its narrowest projection would be found only when the cell is reached."""
+    unet = build_unet()
+    slots = find_projections(unet)
+    for cell in load_plan(name).cells():
+        config, _, _ = settings(cell.method, StaminaConfig(), TrainOptions(), cell.options)
+        check_projections(unet, slots, config)
+
+
+def test_a_seed_is_no_option_of_a_plan():
+    assert "seeds" in Cell("stamina", 4, 0, 0, {"seed": 3}, {}).problem()
+    assert Cell("stamina", 4, 0, 0, {"rank": 3}, {}).problem() is None
 
 
 def test_what_cannot_be_trained_is_listed_before_anything_is_begun():

@@ -38,7 +38,7 @@ class NullSpace(Strategy):
     a projected gradient apart, after which it is no longer orthogonal, whereas B is when it is folded, up to the rounding
     to the weight's dtype.
 
-    null_energy  the share of the text states' energy that U holds, in (0, 1]: the larger, the less a task can change
+    null_energy  the share of the text states' energy that U holds, in [0, 1]: the larger, the less a task can change
     """
 
     null_energy: float = 0.99
@@ -84,5 +84,5 @@ def text_states(trainer, prompts: Sequence[str]) -> Tensor:
 
 METHOD = Method(
     "low-rank residuals that do not react to shared words and earlier tokens (after Adam-NSCL, arXiv 2103.07113)",
-    NO_MASK | {"forgetting_weight": 0.0}, strategy=NullSpace,
+    NO_MASK | {"residual": "low-rank", "forgetting_weight": 0.0}, strategy=NullSpace,
 )

@@ -41,5 +41,5 @@ class OLora(Strategy):
 
 METHOD = Method(
     "low-rank residuals whose rows are penalised unless they are orthogonal to those of earlier concepts (arXiv 2310.14152)",
-    NO_MASK, proposes={"forgetting_weight": 0.5}, strategy=OLora,
+    NO_MASK | {"residual": "low-rank"}, proposes={"forgetting_weight": 0.5}, strategy=OLora,
 )
