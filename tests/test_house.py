@@ -14,7 +14,7 @@ PACKAGE = ROOT / "stamina_fast"
 
 # from the ground floor up: a part may import the parts of floors below it, and itself
 LAYERS = (
-    ("errors", "seeds", "kernels"),
+    ("errors", "seeds", "threads", "kernels"),
     ("quiet",),
     ("ops", "pipeline", "io"),
     ("adapter",),

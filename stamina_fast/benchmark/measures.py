@@ -20,15 +20,11 @@ import torch
 
 from ..adapter.attach import Adapters
 from ..errors import InputError
+from ..evaluate.classifier import share
 from ..evaluate.mmd import median_distance, mmd2
 
 # entries of the weights that changes of tasks are compared in, all tasks together
 MOST_ENTRIES = 20_000_000
-
-
-def share(names: Sequence[str], wanted: str) -> float:
-    """The share of the names that are `wanted`."""
-    return sum(name == wanted for name in names) / len(names)
 
 
 def by_age(shares: Mapping[tuple[int, int], float]) -> list[dict]:

@@ -28,6 +28,7 @@ from rich.console import Console
 from ..errors import InputError, StaminaError
 from ..io.files import make_folder, read_json, remove, write_bytes, write_json
 from ..quiet import quiet
+from ..threads import threads
 from .cell import lighten, run_cell
 from .plan import Cell, Plan, check, load_plan
 from .report import write_report
@@ -125,17 +126,6 @@ def held(path: Path, wait: bool = True) -> Iterator[bool]:
             file.truncate(0)
             print(os.getpid(), file=file, flush=True)
             yield True
-
-
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Use so many threads until the block ends."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def work(said: connection.Connection, output: Path, cells: Sequence[Cell], setup: Setup) -> None:

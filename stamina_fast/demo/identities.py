@@ -24,11 +24,12 @@ from ..io.names import token_for
 from ..io.run import Run
 from ..pipeline.load import TINY, load_pipeline, resolution_of
 from ..quiet import quiet
+from ..threads import threads
 from ..tiny.concepts import write_concepts
 from ..tiny.identities import Identity, identity
 from ..tiny.renders import of_identities
 from ..training import train
-from .plan import Plan, one_thread
+from .plan import Plan
 
 IDENTITIES = {
     "ada": identity(13, "woman"), "belfry": identity(16, "tower"), "bruno": identity(0, "man"),
@@ -56,7 +57,7 @@ def run_demo(output: str | Path = "runs/demo", quick: bool = False, *, model=TIN
     start, output, plan = time.perf_counter(), Path(output), QUICK if quick else FULL
     console = Console(quiet=not progress, markup=False, highlight=False, soft_wrap=True)
     pictures = output.with_name(f"{output.name}-identities")
-    with one_thread():
+    with threads(1):
         size = resolution_of(load_pipeline(model, "cpu"))
         concepts = write_concepts(pictures, subjects, size)
         folders = {"stamina": output, "lora": output.with_name(f"{output.name}-lora")}
@@ -84,7 +85,7 @@ def run_demo(output: str | Path = "runs/demo", quick: bool = False, *, model=TIN
     return result
 
 
-@one_thread()
+@threads(1)
 def learn(method: str, output: Path, concepts: Path, pictures: Path, plan: Plan, model, seed: int, device,
           progress: bool) -> None:
     """Learn all concepts with one method into the RUN folder `output`, and draw its samples."""

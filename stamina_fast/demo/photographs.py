@@ -15,8 +15,9 @@ from ..evaluate import evaluate_run, keep_held_out
 from ..io.images import list_images
 from ..io.run import Run
 from ..pipeline.load import TINY, load_pipeline, resolution_of
+from ..threads import threads
 from ..training import train
-from .plan import Plan, one_thread
+from .plan import Plan
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def prepare_concepts(folder: str | Path, size: int = 32, subjects=tuple(SUBJECTS
     return folder / "concepts"
 
 
-@one_thread()
+@threads(1)
 def run_photographs(output: str | Path = "runs/demo", quick: bool = False, *, model=TINY, subjects=TAUGHT, device=None,
              progress: bool = True) -> dict:
     """Teach `model` the subjects one after another into the RUN folder `output`, measure, and say what was learned.

@@ -51,6 +51,11 @@ def disturb(images: Tensor, draw: torch.Generator) -> Tensor:
     return (images - 0.5) * gain + 0.5 + shift + torch.randn(images.shape, generator=draw) * 0.02
 
 
+def share(names: Sequence[str], wanted: str) -> float:
+    """The share of the names that are `wanted`."""
+    return sum(name == wanted for name in names) / len(names)
+
+
 class Classifier:
     """Names pictures. names: the name of each class, in the order of its outputs."""
 
@@ -68,7 +73,7 @@ class Classifier:
 
     def share(self, images: Tensor, name: str) -> float:
         """The share of the pictures that get this name."""
-        return sum(found == name for found in self.name(images)) / len(images)
+        return share(self.name(images), name)
 
     def save(self, path: str | Path) -> str:
         """Write names and weights as one safetensors file, atomically; return its SHA-256."""

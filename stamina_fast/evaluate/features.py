@@ -22,10 +22,10 @@ Encoder = Callable[[Sequence[Image.Image]], torch.Tensor]
 
 SIDE = 32
 HUB_IDS = {"clip": "openai/clip-vit-base-patch32", "dino": "facebook/dinov2-base"}
-# cells along a side; and the root mean square distance between two unrelated pictures of an early pre-training world, by which
+# cells along a side; and the root mean square distance between two unrelated pictures of the pre-training world, by which
 # a block is divided, so that blocks of any size weigh alike
-COLOUR_GRIDS = ((8, 0.599), (4, 0.567))
-EDGE_GRIDS = ((8, 1.214), (4, 1.036))
+COLOUR_GRIDS = ((8, 0.571), (4, 0.519))
+EDGE_GRIDS = ((8, 1.200), (4, 1.026))
 
 
 def _layout_blocks(image: Image.Image) -> list[np.ndarray]:

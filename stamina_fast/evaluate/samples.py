@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..errors import FileError
 from ..io.files import clear_errors, make_folder, new_folder, read_json, remove, write_json
-from ..io.images import write_image
+from ..io.images import open_image, write_image
 from ..io.names import inside, safe_name
 from ..pipeline.sampling import sample, to_pil
 
@@ -78,4 +78,4 @@ class Samples:
         if not folder.is_dir():
             raise FileError(f"there are no samples of {name!r} at guidance {guidance:g}, {stage}; run the evaluation again")
         with clear_errors("read", folder):
-            return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+            return [open_image(path) for path in sorted(folder.glob("*.png"))]

@@ -19,16 +19,14 @@ from .things import Thing
 Identity = Face | Landmark | Thing
 GROUPS = {"face": faces.KINDS, "landmark": landmarks.KINDS, "thing": tuple(things.DRAWINGS)}
 KINDS = tuple(kind for kinds in GROUPS.values() for kind in kinds)
-_CLASSES = {"face": Face, "landmark": Landmark, "thing": Thing}
+_CLASSES = {kind: cls for group, cls in zip(GROUPS, (Face, Landmark, Thing), strict=True) for kind in GROUPS[group]}
 
 
 def draw_identity(rng: np.random.Generator, kind: str | None = None) -> Identity:
     """An identity drawn with `rng`, of a random kind unless one of KINDS is given; the groups are equally likely."""
-    group = list(GROUPS)[rng.integers(len(GROUPS))]
-    if kind is None:
-        kind = GROUPS[group][rng.integers(len(GROUPS[group]))]
-    group = next(name for name, kinds in GROUPS.items() if kind in kinds)
-    return _CLASSES[group].random(rng, kind)
+    kinds = list(GROUPS.values())[rng.integers(len(GROUPS))]
+    kind = kind or kinds[rng.integers(len(kinds))]
+    return _CLASSES[kind].random(rng, kind)
 
 
 def identity(seed: int, kind: str | None = None) -> Identity:

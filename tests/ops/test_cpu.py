@@ -3,7 +3,6 @@
 What it shares with every backend is in test_backends.py.
 """
 
-from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 
@@ -19,6 +18,7 @@ import stamina_fast as sf
 from stamina_fast.errors import InputError
 from stamina_fast.ops import cpu, reference
 from stamina_fast.ops.backend import Factors
+from stamina_fast.threads import threads
 
 pytestmark = [
     pytest.mark.skipif(bool(cpu.load()), reason=cpu.load() or "-"),
@@ -86,22 +86,12 @@ def test_sums_over_a_whole_projection(only, signs):
 # ---- bits ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def threads_of(count):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_threads_change_no_bit(only):
     sizes = (300, 0, 270)
     for dtype in DTYPES:
         arguments, made = problem(33, 140, sizes, 5, 3, dtype), []
         for count in (1, 2, 3, 5):
-            with threads_of(count):
+            with threads(count):
                 made.append(everything(only, arguments, sizes))
         assert all(same(made[0], other) for other in made[1:])
 
@@ -127,7 +117,7 @@ def test_instruction_sets_agree(dtype, r, s):
 def test_repeats_on_threads_change_no_bit(only, count):
     sizes = (40, 33)
     arguments = problem(9, 70, sizes, 3, 2, torch.bfloat16)
-    with threads_of(3):
+    with threads(3):
         first = everything(only, arguments, sizes)
         assert all(same(first, everything(only, arguments, sizes)) for _ in range(count))
 
