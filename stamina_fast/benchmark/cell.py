@@ -15,7 +15,7 @@ from ..evaluate import evaluate_run, keep_held_out
 from ..evaluate.features import encoder, text_encoder
 from ..evaluate.mmd import interval, resamples
 from ..evaluate.naming import tensor_of
-from ..evaluate.samples import BASE, Samples, after
+from ..evaluate.samples import Samples, after
 from ..io.files import make_folder, remove, write_json
 from ..io.run import FILES, Run
 from ..pipeline.load import load_pipeline
@@ -43,7 +43,7 @@ def run_cell(cell: Cell, subjects: Subjects, folder: Path, on_task: Callable | N
         keep_held_out(path, concept.name, subjects.held_out[concept.name])
     metrics = evaluate_run(
         path, samples=made["samples"], steps=made["sampler_steps"], guidance=(made["guidance"],), features=setup.features[0],
-        model=setup.model, device=setup.device, progress=False, triangle=cell.triangle,
+        model=setup.model, device=setup.device, progress=False, triangle=cell.triangle, base=False,
     )
     run = Run.open(path)
     draw_at_the_end(run, subjects)
@@ -152,7 +152,7 @@ class Read:
     def named(self, j: int) -> dict:
         if self.subjects.namer is None:
             return {}
-        stages = {"base": BASE, "after": after(j), "end": after(len(self.names) - 1)}
+        stages = {"after": after(j), "end": after(len(self.names) - 1)}
         name = self.names[j]
         return {f"named_{when}": measures.share(self.subjects.namer.name(self.at(stage, name)), name)
                 for when, stage in stages.items()}

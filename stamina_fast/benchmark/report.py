@@ -12,7 +12,8 @@ from PIL import Image
 
 from ..errors import InputError
 from ..evaluate import plots
-from ..evaluate.samples import BASE, Samples, after
+from ..evaluate.real import held_out
+from ..evaluate.samples import Samples, after
 from ..io.files import make_folder, read_json, write_bytes
 from . import figures
 from .summary import (
@@ -215,7 +216,7 @@ def claims(arms: Arms) -> list[str]:
 
 def walls(output: Path, arms: Arms) -> list[str]:
     """Samples of some concepts: a wall for each arm, from its first cell."""
-    parts = ["## Samples", "Rows are concepts in the order learned, every n-th if there are many. All pictures of a row start "
+    parts = ["## Samples", "Rows are concepts in the order learned, every n-th if there are many. All samples of a row start "
              "from the same noise."]
     for number, (label, results) in enumerate(arms.items()):
         result = results[0]
@@ -224,15 +225,14 @@ def walls(output: Path, arms: Arms) -> list[str]:
             parts += [f"The samples of {label} are gone."]
             continue
         samples, guidance = Samples.of(run), result["set"]["guidance"]
-        last = len(names) - 1
-        rows = []
+        end, rows = after(len(names) - 1), []
         for t in range(0, len(names), -(-len(names) // SHOWN)):
-            stages = (BASE, after(t), after(last))
             # of 'landmark-01-tower' the end says enough
             shown = names[t] if "concepts" in result["set"] else names[t].partition("-")[2]
-            rows.append((shown, [samples.read(guidance, stage, names[t])[:4] for stage in stages]))
+            drawn = [samples.read(guidance, stage, names[t])[:4] for stage in (after(t), end)]
+            rows.append((shown, [held_out(run, names[t])[:4], *drawn]))
         plots.overview(output / "report" / f"wall-{number:02d}.png", f"{label}, {result['id']}",
-                       ["before learning", "just after", "at the end"], rows, columns=4, rows=1)
+                       ["held-out pictures", "just after", "at the end"], rows, columns=4, rows=1)
         parts += [f"### {label}", picture(f"wall-{number:02d}", f"samples of {label}")]
     return parts
 

@@ -28,8 +28,13 @@ def _ratio(value: float, base: float) -> float | None:
 
 
 def _concept(real, base, after, end, bandwidth: float, draws: int, seed: int) -> dict:
-    """The three MMD² of one concept to its real images, two ratios, and 95% bootstrap intervals of all five."""
+    """The three MMD² of one concept to its real images, two ratios, and 95% bootstrap intervals of all five.
+
+    Without samples of the base, its MMD² and the ratios to it are left out.
+    """
     samples = {"mmd_base": base, "mmd_after": after, "mmd_end": end}
+    if base is None:
+        del samples["mmd_base"]
     values = {key: mmd2(real, x, bandwidth) for key, x in samples.items()}
     # all three use the same resamples of the real images, since the two parts of a ratio are not independent
     times_real = resamples(len(real), draws, derive_seed(seed, "real"))
@@ -37,25 +42,27 @@ def _concept(real, base, after, end, bandwidth: float, draws: int, seed: int) ->
                for key, x in samples.items()}
     if after is end:
         redrawn["mmd_end"] = redrawn["mmd_after"]
-    for key in ("after", "end"):
+    for key in ("after", "end") if base is not None else ():
         values[f"ratio_{key}"] = _ratio(values[f"mmd_{key}"], values["mmd_base"])
         redrawn[f"ratio_{key}"] = redrawn[f"mmd_{key}"] / redrawn["mmd_base"]
     return values | {"bandwidth": bandwidth, "intervals": {key: interval(x) for key, x in redrawn.items()}}
 
 
 def measure(
-    real: Sequence[torch.Tensor], base: Sequence[torch.Tensor], samples: Sequence[Mapping[int, torch.Tensor]],
+    real: Sequence[torch.Tensor], base: Sequence[torch.Tensor] | None, samples: Sequence[Mapping[int, torch.Tensor]],
     *, draws: int = 1000, seed: int = 0,
 ) -> dict:
     """All measures of N concepts. `real[j]`, `base[j]` and `samples[t][j]`, j <= t, are features `[n, d]`.
 
-    Needed are samples[j][j], just after task j, and samples[N-1][j], at the end; others only fill "matrix".
+    Needed are samples[j][j], just after task j, and samples[N-1][j], at the end; others only fill "matrix". Without `base`
+    there are no mmd_base, ratio_after and ratio_end.
 
     Returns "A_mmd", "F_mmd" (None for a single concept), "P_mmd" (a list), "tasks" (a dict a concept: mmd_base, mmd_after,
     mmd_end, ratio_after, ratio_end, bandwidth, forgetting, and their intervals) and "matrix": MMD² to the real images, row t
     after task t, column j of concept j, with None where there are no samples.
     """
     count = len(real)
+    base = [None] * count if base is None else base
     whole = [t in row and set(row) <= set(range(t + 1)) for t, row in enumerate(samples)]
     if not count or not len(base) == len(samples) == count or not all(whole) or len(samples[-1]) != count:
         raise InputError(f"measure wants base[j], samples[j][j] and samples[-1][j] for {count} concepts, got {len(base)} and "

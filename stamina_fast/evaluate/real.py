@@ -24,6 +24,11 @@ def keep_held_out(run_path: str | Path, name: str, images: Sequence[str | Path])
     return folder
 
 
+def held_out(run_path: str | Path, name: str) -> list[Image.Image]:
+    """The real images of a concept that `keep_held_out` has copied."""
+    return [open_image(path) for path in list_images(inside(Path(run_path), "real", safe_name(name)))]
+
+
 def real_images(run: Run, size: int, real: str | Path | None = None) -> tuple[list[list[Image.Image]], str]:
     """The real images of every concept, as size x size squares from their middles, and whether they were held out.
 

@@ -24,12 +24,13 @@ from .samples import BASE, Samples, after
 def evaluate_run(
     run_path: str | Path, *, samples: int = 32, guidance: Sequence[float] = (1.0, 3.0), steps: int = 20,
     features: str = "layout", seed: int = 0, model=None, real: str | Path | None = None, device=None, progress: bool = True,
-    triangle: bool = True,
+    triangle: bool = True, base: bool = True,
 ) -> dict:
     """Measure what a run learned and forgot; write RUN/metrics.json, grids into its task folders, RUN/samples and RUN/plots.
 
     samples    how many pictures of concept j after every task t >= j, and from the base model; all from the same noise
     triangle   False: pictures of concept j only after its own task and after the last, which every measure needs
+    base       False: no pictures from the base model, so neither ratios to it nor RUN/plots and grids, which show it
     guidance   values to measure at. The first gives the top level of metrics.json, the last one's samples are shown
     steps      of the sampler
     seed       of the samples and of the bootstrap
@@ -55,17 +56,18 @@ def evaluate_run(
     kept = Samples(run.path, count=samples, seed=seed, steps=steps, size=size)
     count = len(tasks)
     rows = [columns(t, count, triangle) for t in range(count)]
-    total = samples * len(guidance) * (count + sum(map(len, rows)))
+    total = samples * len(guidance) * (base * count + sum(map(len, rows)))
     with frozen(pipeline), attached(run, pipeline) as adapters, Progress("all samples", total, shown=progress) as shown:
         sampler = Sampler(pipeline, adapters, run, tasks, guidance, kept, shown)
-        sampler.base()
+        if base:
+            sampler.base()
         weights = sampler.after_tasks(triangle)
         adapters.rewind([])
     reals, by_guidance = [phi(images) for images in pictures], {}
     for g in guidance:
-        base = [phi(kept.read(g, BASE, name)) for name in names]
+        before = [phi(kept.read(g, BASE, name)) for name in names] if base else None
         found = [{j: phi(kept.read(g, after(t), names[j])) for j in row} for t, row in enumerate(rows)]
-        by_guidance[f"{g:g}"] = measure(reals, base, found, seed=seed)
+        by_guidance[f"{g:g}"] = measure(reals, before, found, seed=seed)
     metrics = _metrics(tasks, by_guidance, weights) | {
         "settings": kept.how | {
             "guidance": list(guidance), "features": features, "estimator": "unbiased MMD², Gaussian kernel",
@@ -77,6 +79,8 @@ def evaluate_run(
                                               for x in part.values())},
     }
     write_json(run.path / "metrics.json", metrics)
+    if not base:
+        return metrics
     stages = {"base": [BASE] * count, "after": [after(t) for t in range(count)], "end": [after(count - 1)] * count}
     shown = {stage: [kept.read(guidance[-1], folder, name)[:SHOWN] for folder, name in zip(folders, names, strict=True)]
              for stage, folders in stages.items()}
@@ -116,7 +120,7 @@ class Sampler:
             self.progress.advance(self.samples.how["count"])
 
     def base(self) -> None:
-        """Draw every concept from W_0 with its token not yet trained. Afterwards every token is as its task left it."""
+        """Draw every concept from W_0 with its token not yet trained."""
         tokens, seed = self.adapters.tokens, self.run.config["train"]["seed"]
         self.progress.begin("base model", self.samples.how["count"] * len(self.guidance) * len(self.tasks))
         for j, task in enumerate(self.tasks):
@@ -125,7 +129,6 @@ class Sampler:
             tokens.begin(task.info["token"], *start)
             self._draw(BASE, j)
             tokens.discard()
-            tokens.add(task.info["token"], task.token)
         self.progress.end()
 
     def after_tasks(self, triangle: bool) -> list[dict]:
@@ -136,6 +139,7 @@ class Sampler:
         names = [task.info["name"] for task in self.tasks]
         for name, task in zip(names, self.tasks, strict=True):
             self.adapters.add_task(name, task.factors)
+            self.adapters.tokens.add(task.info["token"], task.token)
         weights, before = [], [None] * len(self.adapters.stacks)
         for t, name in enumerate(names):
             drawn = columns(t, len(names), triangle)

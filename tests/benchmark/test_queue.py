@@ -75,8 +75,8 @@ def test_a_result_says_everything_that_a_report_needs(filled, plan):
         assert task["position"] == position
         assert task["name"] == record["name"] == result["concepts"][position]
         assert task["sha256"] == record["sha256"]
-        assert {"mmd_base", "mmd_after", "mmd_end", "intervals", "distance", "step", "density", "overlap", "seconds",
-                "named_base", "named_after", "named_end"} <= set(task)
+        assert {"mmd_after", "mmd_end", "intervals", "distance", "step", "density", "overlap", "seconds", "named_after",
+                "named_end"} <= set(task)
     assert [row["age"] for row in result["by_age"]] == [0, 1]
     assert all(scene["kind"] in scene["prompt"].split() and scene["both"] <= scene["seen"] <= 1 for scene in result["scenes"])
     assert len(result["pairs"]) == 1

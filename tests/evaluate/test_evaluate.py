@@ -255,6 +255,12 @@ def test_measures_follow_their_definitions():
     assert last["intervals"]["mmd_after"] == last["intervals"]["mmd_end"]
     assert got == measure(real, base, samples, draws=50)
     json.dumps(got, allow_nan=False)
+    alone = measure(real, None, samples, draws=50)
+    assert alone | {"tasks": None} == got | {"tasks": None}
+    of_base = ("mmd_base", "ratio_after", "ratio_end")
+    for task, whole in zip(alone["tasks"], got["tasks"], strict=True):
+        left = {key: value for key, value in whole.items() if key not in of_base}
+        assert task == left | {"intervals": {key: whole["intervals"][key] for key in ("mmd_after", "mmd_end")}}
     ends = measure(real, base, [samples[0], {1: samples[1][1]}, samples[2]], draws=50)
     assert ends["matrix"][1] == [None, got["matrix"][1][1], None]
     assert ends | {"matrix": None} == got | {"matrix": None}, "the matrix alone needs every sample"

@@ -73,6 +73,18 @@ def test_the_base_is_the_model_without_what_was_learned(trained):
     assert got["guidance"] == 2.0
 
 
+def test_without_the_base_the_other_numbers_are_the_same_and_nothing_is_plotted(trained, tmp_path):
+    real = trained / "photographs" / "held-out"
+    whole = evaluate_run(trained / "run", real=real, guidance=(2.0,), **QUICKLY)
+    shutil.copytree(trained / "run", tmp_path / "run", ignore=shutil.ignore_patterns("samples", "plots", "grid.png"))
+    got = evaluate_run(tmp_path / "run", real=real, guidance=(2.0,), model=trained / "base", base=False, **QUICKLY)
+    for task, with_base in zip(got["tasks"], whole["tasks"], strict=True):
+        assert set(with_base) - set(task) == {"mmd_base", "ratio_after", "ratio_end"}
+        assert task | {"intervals": None} == {key: with_base[key] for key in task} | {"intervals": None}
+    assert sorted(path.name for path in (tmp_path / "run" / "samples" / "g2").iterdir()) == ["after-01", "after-02"]
+    assert not list((tmp_path / "run").rglob("plots")) + list((tmp_path / "run").rglob("grid.png"))
+
+
 def test_real_images_are_held_out_ones_kept_in_the_run(trained, tmp_path):
     shutil.copytree(trained / "run", tmp_path / "run")
     run = Run.open(tmp_path / "run")
