@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,11 +134,23 @@ class _Word:
                 return other
         return None
 
-    def extend(self, names: list[str], rows: Tensor) -> None:
-        """Give each name an id and its row of the table, of rows [n, d]; the rows before them keep their bits."""
+    def check_order(self, tokens: Sequence[str], vectors: int) -> None:
+        """`check_new` of each token, as it will be when those before it are learned."""
+        later = copy.copy(self)
+        later.tokenizer = copy.deepcopy(self.tokenizer)
+        for token in tokens:
+            later.check_new(token, vectors)
+            later.register(entries(token, vectors))
+
+    def register(self, names: list[str]) -> None:
+        """Give each name an id in the tokenizer."""
         # a bare word counts only where it stands alone, or it would split longer words
         alone = names[0].isalnum()
         self.tokenizer.add_tokens([AddedToken(name, single_word=alone, normalized=True) for name in names])
+
+    def extend(self, names: list[str], rows: Tensor) -> None:
+        """Give each name an id and its row of the table, of rows [n, d]; the rows before them keep their bits."""
+        self.register(names)
         first = self.tokenizer.convert_tokens_to_ids(names[0])
         end = first + len(names)
         self.size, self.spare = len(self.table), self.table[first:end].clone()
@@ -246,6 +259,11 @@ class TokenBank(nn.Module):
             word.id = word.id.to(word.table.device)
             word.id.fill_(self._index(name, token))
         self.active = token
+
+    def check_order(self, tokens: Sequence[str]) -> None:
+        """Raise InputError unless `begin` would take these tokens one after another. Nothing is changed."""
+        for word in self._words.values():
+            word.check_order(tokens, self.vectors)
 
     def check_start(self, initializer: str | None = None) -> None:
         """Raise InputError unless a token can begin from this word, or as `init` says without one."""

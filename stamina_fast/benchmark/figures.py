@@ -9,9 +9,28 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from ..evaluate.plots import AFTER, NAME, QUIET, STYLE, fit, save_figure
+from ..evaluate.plots import AFTER, END, NAME, QUIET, STYLE, fit, save_figure
 
 Value = Mapping[str, object]
+
+
+def arms(path: Path, rows: Mapping[str, tuple[Value, Value]]) -> None:
+    """A line for each arm, the best on top: the share recognised just after and at the end, each {"mean", "interval"}."""
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(8, 1.2 + 0.32 * len(rows)), layout="constrained")
+        axes.grid(axis="x")
+        ordered = sorted(rows.items(), key=lambda row: row[1][1]["mean"])
+        for number, (label, colour, lift) in enumerate((("just after its task", AFTER, 0.13), ("at the end", END, -0.13))):
+            values = [row[number] for _, row in ordered]
+            means = np.array([value["mean"] for value in values])
+            errors = np.abs(np.array([value["interval"] for value in values]).T - means)
+            axes.errorbar(means, np.arange(len(values)) + lift, xerr=errors, fmt="o", color=colour, ecolor=QUIET,
+                          elinewidth=0.9, markersize=5, label=label)
+        axes.set_yticks(range(len(ordered)), [fit(label, 2.8, 9) for label, _ in ordered], fontsize=9)
+        axes.set_xlim(-0.03, 1.03)
+        axes.set_xlabel("share of samples recognised; 95% interval over the identities")
+        axes.legend(frameon=False, ncols=2, fontsize=9, loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderaxespad=0.1)
+        save_figure(figure, path)
 
 
 def stability(path: Path, points: Mapping[str, tuple[Value, Value]], ylabel: str) -> None:

@@ -12,6 +12,7 @@ A plan is a YAML file in `plans/`, or one of your own:
       - methods: [stamina, lora]
         seeds: [0, 1, 2]
       - methods: [c-lora]
+        train: {learning_rate: 0.0005}
         changes: [{forgetting_weight: 1.0}, {forgetting_weight: 100.0}]
 """
 
@@ -44,12 +45,17 @@ Options = dict[str, Any]
 
 
 class _Group(BaseModel):
-    """A cell for each method, seed and change. order: seed of the concepts' order; default: the seed of the training."""
+    """A cell for each method, seed and change.
+
+    order   seed of the concepts' order; default: the seed of the training
+    train   options of the group's cells that win over the plan's; no part of their label
+    """
 
     model_config = ConfigDict(extra="forbid")
     methods: Annotated[list[str], Field(min_length=1)]
     seeds: Annotated[list[Seed], Field(min_length=1)] = [0]
     order: Seed | None = None
+    train: Options = {}
     changes: Annotated[list[Options], Field(min_length=1)] = [{}]
 
 
@@ -94,7 +100,7 @@ class Plan(BaseModel):
         for group in self.groups:
             for method, seed, changes in itertools.product(group.methods, group.seeds, group.changes):
                 order = seed if group.order is None else group.order
-                made.append(Cell(method, self.identities, seed, order, changes, self.train, self.triangle))
+                made.append(Cell(method, self.identities, seed, order, changes, {**self.train, **group.train}, self.triangle))
         ids = [cell.id for cell in made]
         if twice := sorted({name for name in ids if ids.count(name) > 1}):
             raise InputError(f"the plan has the cell {twice[0]} twice; remove one of them")
@@ -108,7 +114,7 @@ class Cell:
     seed      of the training
     order     seed of the order in which the concepts are learned
     changes   options that make this cell another than others of its method
-    train     options that all cells of the plan share; `changes` win over them
+    train     options that cells of the plan or of its group share; `changes` win over them
     """
 
     method: str

@@ -160,6 +160,12 @@ def picture(name: str, said: str) -> str:
 def drawings(output: Path, arms: Arms) -> list[str]:
     """The plots, each under its heading."""
     folder, parts = make_folder(output / "report"), []
+    named = {label: (after_task, end) for label, results in arms.items()
+             if (after_task := mean_of(values_of(results, BY_KEY["named_after"])))
+             and (end := mean_of(values_of(results, BY_KEY["named_end"])))}
+    if named:
+        figures.arms(folder / "arms.png", named)
+        parts += ["## Learned, and still known", picture("arms", "share recognised just after and at the end")]
     kept = {label: ratio_of(*(values_of(results, BY_KEY[key]) for key in ("named_end", "named_after")))
             for label, results in arms.items()}
     by_name = any(kept.values())

@@ -137,6 +137,7 @@ class Trainer:
         self.backbone = Backbone(pipeline, config.token_vectors)
         self.diffusion = Diffusion(pipeline.scheduler, self.device, options.min_snr)
         self.loader = Loader(pipeline, self.backbone, options, self.diffusion.steps, self.ranks)
+        adapters.tokens.check_order([concept.token for concept in concepts])
         for i, concept in enumerate(concepts):
             self.loader.check(concept, [before.token for before in concepts[:i]])
             adapters.tokens.check_start(concept.initializer_token)

@@ -31,6 +31,14 @@ def test_a_plan_expands_to_methods_times_seeds_times_changes():
     assert made[2].options == {"steps": 5, "forgetting_weight": 1.0}
 
 
+def test_options_of_a_group_win_over_the_plans_and_are_no_part_of_the_label():
+    made = plan({"methods": ["lora"], "train": {"learning_rate": 0.001}, "changes": [{}, {"rank": 3}]},
+                {"methods": ["stamina"]}, train={"learning_rate": 0.002, "steps": 5}).cells()
+    assert [cell.label for cell in made] == ["lora", "lora rank=3", "stamina"]
+    assert [cell.options["learning_rate"] for cell in made] == [0.001, 0.001, 0.002]
+    assert made[1].options == {"learning_rate": 0.001, "steps": 5, "rank": 3}
+
+
 @pytest.mark.parametrize("change", [
     {"method": "lora"}, {"identities": 5}, {"seed": 1}, {"order": 1}, {"changes": {"rank": 3}}, {"train": {"steps": 3}},
     {"triangle": True},

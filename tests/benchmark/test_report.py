@@ -130,9 +130,10 @@ def test_the_report_has_its_parts_and_is_one_file(filled, tmp_path):
     shutil.copytree(filled[0], output)
     page = write_report(output)
     text = (output / "report.md").read_text()
-    for heading in ("## What names the pictures", "## Measures", "## Costs and weights", "## Stability and plasticity",
-                    "## Accuracy by age", "## Which tasks change the same weights", "## What was asked", "## Samples",
-                    "### stamina", "### lora", "## Cells without a result", "## How to make it again"):
+    for heading in ("## What names the pictures", "## Measures", "## Costs and weights", "## Learned, and still known",
+                    "## Stability and plasticity", "## Accuracy by age", "## Which tasks change the same weights",
+                    "## What was asked", "## Samples", "### stamina", "### lora", "## Cells without a result",
+                    "## How to make it again"):
         assert heading in text, heading
     assert "2 identities of the small model's world for tuning; 2 finished cells of 2 methods" in text
     assert "stamina-fast benchmark --plan mine" in text
@@ -143,7 +144,7 @@ def test_the_report_has_its_parts_and_is_one_file(filled, tmp_path):
     html = page.read_text()
     assert html.count("<table>") == 4
     sources = re.findall(r'(?:src|href)="([^"]*)"', html)
-    assert len(sources) == text.count("](report/") == 5
+    assert len(sources) == text.count("](report/") == 6
     for source in sources:
         kind, _, data = source.partition(",")
         assert kind == "data:image/webp;base64"

@@ -1,5 +1,7 @@
 """Words that tokens start from, and tokens of several vectors, through whole runs and in plain diffusers."""
 
+import dataclasses
+
 import pytest
 import tinypipes
 import torch
@@ -120,4 +122,12 @@ def test_prompts_are_measured_with_all_vectors_of_earlier_tokens(three, tmp_path
     both = Concept(second.name, second.images, "a photo of <cup> left of <cat>", second.token)
     with pytest.raises(InputError, match="shorten it"):
         run(tinypipes.sd15(), [first, both], tmp_path / "run", token_vectors=10)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tokens_that_clash_are_refused_before_a_file_is_written(three, tmp_path):
+    concepts = load_concepts(three)
+    concepts[2] = dataclasses.replace(concepts[2], token=f"{concepts[0].token}_1", prompt=f"a photo of {concepts[0].token}_1")
+    with pytest.raises(InputError, match="is a word that the tokenizer has"):
+        run(tinypipes.sd15(), concepts, tmp_path / "run", token_vectors=2)
     assert not (tmp_path / "run").exists()
