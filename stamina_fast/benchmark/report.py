@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import base64
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from markdown_it import MarkdownIt
-from PIL import Image
 
 from ..errors import InputError
 from ..evaluate import plots
@@ -154,7 +152,7 @@ def costs(arms: Arms) -> list[str]:
 
 
 def picture(name: str, said: str) -> str:
-    return f"![{said}](report/{name}.png)"
+    return f"![{said}](report/{name}.webp)"
 
 
 def drawings(output: Path, arms: Arms) -> list[str]:
@@ -164,7 +162,7 @@ def drawings(output: Path, arms: Arms) -> list[str]:
              if (after_task := mean_of(values_of(results, BY_KEY["named_after"])))
              and (end := mean_of(values_of(results, BY_KEY["named_end"])))}
     if named:
-        figures.arms(folder / "arms.png", named)
+        figures.arms(folder / "arms.webp", named)
         parts += ["## Learned, and still known", picture("arms", "share recognised just after and at the end")]
     kept = {label: ratio_of(*(values_of(results, BY_KEY[key]) for key in ("named_end", "named_after")))
             for label, results in arms.items()}
@@ -177,12 +175,12 @@ def drawings(output: Path, arms: Arms) -> list[str]:
             points[label] = (learned, still)
     if points:
         what = "recognised at the end, as a share of that just after" if by_name else "-F_mmd: how little the samples moved"
-        figures.stability(folder / "stability.png", points, what)
+        figures.stability(folder / "stability.webp", points, what)
         parts += ["## Stability and plasticity", "Best is the top right: learned well, and kept.",
                   picture("stability", "stability over plasticity")]
     lines = {label: line for label, results in arms.items() if (line := by_age(results))}
     if lines:
-        figures.ages(folder / "ages.png", lines)
+        figures.ages(folder / "ages.webp", lines)
         parts += ["## Accuracy by age", "How many samples are recognised, by how many concepts were learned since.",
                   picture("ages", "accuracy by age of the concept")]
     of_stamina = [results[0] for results in arms.values() if results[0]["cell"]["method"] == "stamina"]
@@ -190,7 +188,7 @@ def drawings(output: Path, arms: Arms) -> list[str]:
         result = of_stamina[0]
         panels = {"share of row's changed weights\nthat column changed too": result["changes"]["shared"],
                   "cosine of the two changes": result["changes"]["cosine"]}
-        figures.overlap(folder / "overlap.png", result["concepts"], panels)
+        figures.overlap(folder / "overlap.webp", result["concepts"], panels)
         parts += ["## Which tasks change the same weights", f"Cell {result['id']}; tasks in the order learned.",
                   picture("overlap", "overlap between the changes of tasks")]
     return parts
@@ -221,26 +219,31 @@ def claims(arms: Arms) -> list[str]:
 
 
 def walls(output: Path, arms: Arms) -> list[str]:
-    """Samples of some concepts: a wall for each arm, from its first cell."""
+    """Samples of some concepts: a wall for each arm, from its first cell. One whose samples are gone stays as it was drawn."""
     parts = ["## Samples", "Rows are concepts in the order learned, every n-th if there are many. All samples of a row start "
              "from the same noise."]
-    for number, (label, results) in enumerate(arms.items()):
-        result = results[0]
-        run, names = output / "cells" / result["id"] / "run", result["concepts"]
-        if not (run / "samples" / "settings.json").is_file():
+    for label, results in arms.items():
+        result, name = results[0], f"wall-{results[0]['id']}"
+        run = output / "cells" / result["id"] / "run"
+        if (run / "samples" / "settings.json").is_file():
+            draw_wall(output / "report" / f"{name}.webp", label, result, run)
+        if (output / "report" / f"{name}.webp").is_file():
+            parts += [f"### {label}", picture(name, f"samples of {label}")]
+        else:
             parts += [f"The samples of {label} are gone."]
-            continue
-        samples, guidance = Samples.of(run), result["set"]["guidance"]
-        end, rows = after(len(names) - 1), []
-        for t in range(0, len(names), -(-len(names) // SHOWN)):
-            # of 'landmark-01-tower' the end says enough
-            shown = names[t] if "concepts" in result["set"] else names[t].partition("-")[2]
-            drawn = [samples.read(guidance, stage, names[t])[:4] for stage in (after(t), end)]
-            rows.append((shown, [held_out(run, names[t])[:4], *drawn]))
-        plots.overview(output / "report" / f"wall-{number:02d}.png", f"{label}, {result['id']}",
-                       ["held-out pictures", "just after", "at the end"], rows, columns=4, rows=1)
-        parts += [f"### {label}", picture(f"wall-{number:02d}", f"samples of {label}")]
     return parts
+
+
+def draw_wall(path: Path, label: str, result: Mapping, run: Path) -> None:
+    """Draw some concepts of one cell: held-out pictures, and samples just after the concept's task and at the end."""
+    names, samples, guidance = result["concepts"], Samples.of(run), result["set"]["guidance"]
+    end, rows = after(len(names) - 1), []
+    for t in range(0, len(names), -(-len(names) // SHOWN)):
+        # of 'landmark-01-tower' the end says enough
+        shown = names[t] if "concepts" in result["set"] else names[t].partition("-")[2]
+        drawn = [samples.read(guidance, stage, names[t])[:4] for stage in (after(t), end)]
+        rows.append((shown, [held_out(run, names[t])[:4], *drawn]))
+    plots.overview(path, f"{label}, {result['id']}", ["held-out pictures", "just after", "at the end"], rows, columns=4, rows=1)
 
 
 def open_cells(output: Path) -> list[str]:
@@ -262,13 +265,12 @@ def again(output: Path) -> list[str]:
 
 
 def page(text: str, output: Path) -> str:
-    """The report as one HTML page, with its pictures inside as WebP."""
+    """The report as one HTML page, with its pictures inside."""
     renderer = MarkdownIt("commonmark").enable("table")
 
     def image(self, tokens, i, options, env) -> str:
-        picture, data = Image.open(output / tokens[i].attrs["src"]).convert("RGB"), io.BytesIO()
-        picture.save(data, "WEBP", quality=80)
-        tokens[i].attrs["src"] = "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
+        data = (output / tokens[i].attrs["src"]).read_bytes()
+        tokens[i].attrs["src"] = "data:image/webp;base64," + base64.b64encode(data).decode()
         return self.image(tokens, i, options, env)
 
     renderer.add_render_rule("image", image)

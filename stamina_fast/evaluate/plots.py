@@ -33,10 +33,10 @@ STYLE = {
 
 
 def save_figure(figure: Figure, path: Path, dpi: int = 130) -> None:
-    """Write the figure as PNG, atomically, and close it."""
-    data = io.BytesIO()
+    """Write the figure in the format of the path's suffix, atomically, and close it."""
+    data, kind = io.BytesIO(), path.suffix.removeprefix(".")
     try:
-        figure.savefig(data, format="png", dpi=dpi)
+        figure.savefig(data, format=kind, dpi=dpi, pil_kwargs={"quality": 80} if kind == "webp" else {})
     finally:
         plt.close(figure)
     make_folder(path.parent)

@@ -152,6 +152,22 @@ def test_the_report_has_its_parts_and_is_one_file(filled, tmp_path):
     assert page.stat().st_size < 1_000_000
 
 
+def test_a_report_is_the_same_where_the_results_alone_are_kept(filled, tmp_path):
+    """As in a repository: without runs, and with what is drawn from samples."""
+    output = tmp_path / "out"
+    shutil.copytree(filled[0], output)
+    write_report(output)
+    text, walls = (output / "report.md").read_text(), sorted((output / "report").glob("wall-*"))
+    assert len(walls) == 2
+    for run in (output / "cells").glob("*/run"):
+        shutil.rmtree(run)
+    write_report(output)
+    assert (output / "report.md").read_text() == text
+    walls[0].unlink()
+    write_report(output)
+    assert "are gone" in (output / "report.md").read_text()
+
+
 def test_a_folder_without_a_benchmark_is_refused(tmp_path):
     with pytest.raises(InputError, match="no benchmark"):
         write_report(tmp_path)
