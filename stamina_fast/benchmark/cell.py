@@ -18,15 +18,15 @@ from ..evaluate.naming import tensor_of
 from ..evaluate.samples import Samples, after
 from ..io.files import make_folder, remove, write_json
 from ..io.run import FILES, Run
-from ..pipeline.load import load_pipeline
-from ..reopen import attached, base_model
+from ..pipeline.load import frozen, load_pipeline
+from ..reopen import attached, base_model, restore
 from ..training import train
 from . import measures
 from .names import half
 from .plan import Cell
 from .subjects import Subjects
 
-PAIRS = "pairs"
+PAIRS, APART = "pairs", "apart"
 DRAWS = 1000
 
 
@@ -47,6 +47,8 @@ def run_cell(cell: Cell, subjects: Subjects, folder: Path, on_task: Callable | N
     )
     run = Run.open(path)
     draw_at_the_end(run, subjects)
+    if cell.method == "lora-merge":
+        draw_apart(run, subjects)
     samples = Read(run, subjects)
     result = {
         "id": cell.id, "label": cell.label, "cell": cell.as_dict(), "set": made, "accuracy": subjects.facts["accuracy"],
@@ -71,6 +73,17 @@ def draw_at_the_end(run: Run, subjects: Subjects) -> None:
     for pair in subjects.pairs:
         samples.draw(pipeline, subjects.pair_prompt(pair), subjects.facts["made_from"]["guidance"], PAIRS, pair_name(pair))
     subjects.draw_scenes(pipeline, run.path / "scenes", "end")
+
+
+def draw_apart(run: Run, subjects: Subjects) -> None:
+    """Draw each concept with its own residual alone: adapters kept apart, if each was learned from the base model."""
+    setup, samples = subjects.setup, Samples.of(run.path)
+    pipeline = base_model(run, setup.model, setup.device)
+    with frozen(pipeline), attached(run, pipeline) as adapters:
+        restore(adapters, run, [concept.name for concept in subjects.concepts])
+        for concept in subjects.concepts:
+            adapters.rewind([concept.name])
+            samples.draw(pipeline, concept.prompt, subjects.facts["made_from"]["guidance"], APART, concept.name)
 
 
 def pair_name(pair: tuple[str, str]) -> str:
@@ -152,8 +165,9 @@ class Read:
     def named(self, j: int) -> dict:
         if self.subjects.namer is None:
             return {}
-        stages = {"after": after(j), "end": after(len(self.names) - 1)}
-        name = self.names[j]
+        stages, name = {"after": after(j), "end": after(len(self.names) - 1)}, self.names[j]
+        if self.samples.drawn(self.guidance, APART, name):
+            stages["apart"] = APART
         return {f"named_{when}": measures.share(self.subjects.namer.name(self.at(stage, name)), name)
                 for when, stage in stages.items()}
 

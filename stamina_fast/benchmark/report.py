@@ -31,6 +31,7 @@ SHOWN, TENTHS = 12, 10
 # the least that tells the measures apart; the docstrings of `measures` and of evaluate/measures.py have the rest
 EXPLAINED = (
     ("recognised", "share of a concept's samples that get its name, just after its task and after the last one"),
+    ("recognised with its adapter alone", "the same for adapters kept apart, which lora-merge learns and then sums"),
     ("P_mmd, A_mmd", "MMD² of a concept's samples to held-out pictures, just after its task and after the last one"),
     ("F_mmd", "MMD² between the samples just after the task and those after the last one: how far they moved"),
     ("kinds kept", "of the pictures of everyday prompts in which the base model drew the right kind, the share in which the "

@@ -50,6 +50,7 @@ def _of_pairs(result: Mapping) -> dict[str, float]:
 MEASURES = (
     Measure("named_after", "recognised just after", "higher", _of_tasks("named_after")),
     Measure("named_end", "recognised at the end", "higher", _of_tasks("named_end")),
+    Measure("named_apart", "recognised with its adapter alone", "higher", _of_tasks("named_apart")),
     Measure("P", "P_mmd", "lower", _of_tasks("mmd_after")),
     Measure("A", "A_mmd", "lower", _of_tasks("mmd_end")),
     Measure("F", "F_mmd", "lower", _of_tasks("forgetting")),

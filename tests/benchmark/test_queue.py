@@ -173,3 +173,18 @@ def test_the_command_fails_while_a_cell_is_not_done_and_writes_the_report(filled
     assert result.exit_code == 0, result.output
     assert (filled[0] / "report.html").is_file()
     assert str(filled[0] / "report.html") in result.output
+
+
+def test_adapters_that_are_summed_are_drawn_apart_too(filled, plan, model, tmp_path):
+    group = plan.groups[0].model_copy(update={"methods": ["lora-merge"], "changes": [{}]})
+    merged = plan.model_copy(update={"groups": [group]})
+    output, (cell,) = copied(filled, tmp_path / "out"), merged.cells()
+    assert run_benchmark(merged, output, model=model, progress=False) == []
+    result, samples = result_of(output, cell), output / "cells" / cell.id / "run" / "samples" / f"g{merged.guidance:g}"
+    first, second = result["concepts"]
+    pictures = {(stage, name): [path.read_bytes() for path in sorted((samples / stage / name).glob("*.png"))]
+                for stage, name in (("apart", first), ("after-01", first), ("apart", second), ("after-02", second))}
+    # the sum of one adapter is that adapter
+    assert pictures["apart", first] == pictures["after-01", first]
+    assert pictures["apart", second] != pictures["after-02", second]
+    assert [0 <= task["named_apart"] <= 1 for task in result["tasks"]] == [True, True]
