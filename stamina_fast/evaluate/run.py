@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -74,7 +74,8 @@ def evaluate_run(
             "bandwidth": BANDWIDTH_RULE, "intervals": "95% bootstrap, 1000 draws", "real_images": kind,
             "real_counts": [len(images) for images in pictures],
         },
-        "parameters": {"trainable": trained_parameters(adapters, run.config["train"]),
+        # runs of older versions have not counted them
+        "parameters": {"trainable": tasks[0].info.get("trained_parameters"),
                        "stored_per_task": sum(x.numel() for part in (tasks[0].factors, tasks[0].token, tasks[0].kept)
                                               for x in part.values())},
     }
@@ -97,12 +98,6 @@ def _metrics(tasks: Sequence[Task], by_guidance: dict[str, dict], weights: list[
     ]
     return {"A_mmd": top["A_mmd"], "F_mmd": top["F_mmd"], "P_mmd": top["P_mmd"], "tasks": rows, "guidance": float(first),
             "by_guidance": by_guidance}
-
-
-def trained_parameters(adapters, options: Mapping) -> int:
-    """How many parameters of the adapters a task trains: those whose learning rate is not 0."""
-    rates = {True: options["token_learning_rate"], False: options["learning_rate"]}
-    return sum(p.numel() for name, p in adapters.named_parameters() if p.requires_grad and rates[name.startswith("token")] != 0)
 
 
 class Sampler:

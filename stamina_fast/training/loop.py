@@ -244,6 +244,7 @@ class Trainer:
         token = [(name, p) for name, p in named if name.startswith("token")]
         other = [(name, p) for name, p in named if not name.startswith("token")]
         rates = list(zip((Flat(other), Flat(token)), self.options.learning_rates(self.ranks.count), strict=True))
+        self.trained = sum(p.numel() for flat, rate in rates if rate for p in flat.parameters)
         optimizer = make_optimizer(self.options.optimizer, rates, self.options.betas, self.options.weight_decay)
         parts, prior = self.options.accumulate, self.options.prior_weight
         buffers = Buffers.empty(self.options.batch * (2 if prior else 1), latent, lengths, self.device)
@@ -305,7 +306,7 @@ class Trainer:
         """Store a folded task, and what the method keeps of it."""
         info = {"name": concept.name, "token": concept.token, "initializer_token": concept.initializer_token,
                 "prompt": concept.prompt, "seconds": seconds, "density": density, "steps": len(curve),
-                "pictures": len(concept.images)}
+                "pictures": len(concept.images), "trained_parameters": self.trained}
         factors = self.adapters.tasks[concept.name]
         run.commit_task(concept.name, factors, embeddings, curve, info, folded_by=self.folded_by(), kept=kept)
 

@@ -17,7 +17,7 @@ from stamina_fast.errors import InputError, StaminaError
 from stamina_fast.evaluate import evaluate_run, features, keep_held_out, samples
 from stamina_fast.evaluate.mmd import median_distance, mmd2
 from stamina_fast.evaluate.real import real_images
-from stamina_fast.evaluate.run import trained_parameters, weight_change
+from stamina_fast.evaluate.run import weight_change
 from stamina_fast.io.run import Run
 from stamina_fast.pipeline.sampling import sample, to_pil
 from stamina_fast.seeds import derive_seed
@@ -153,15 +153,3 @@ def test_samples_that_were_not_drawn_say_so(tmp_path):
     made = samples.Samples(tmp_path, count=2, seed=0, steps=2, size=8)
     with pytest.raises(StaminaError, match="no samples of 'cat' at guidance 2, after-01; run the evaluation again"):
         made.read(2.0, samples.after(0), "cat")
-
-
-def test_trained_parameters_are_those_with_a_rate():
-    pipeline = tinypipes.sd15()
-    adapters = attach(pipeline, StaminaConfig(rank=2, mask="none"))
-    tokens = sum(p.numel() for p in adapters.tokens.parameters())
-    every = sum(p.numel() for p in adapters.parameters())
-    assert 0 < tokens < every
-    assert trained_parameters(adapters, {"learning_rate": None, "token_learning_rate": None}) == every
-    assert trained_parameters(adapters, {"learning_rate": 0.0, "token_learning_rate": None}) == tokens
-    assert trained_parameters(adapters, {"learning_rate": 0.0, "token_learning_rate": 0.0}) == 0
-    adapters.detach()

@@ -133,6 +133,20 @@ def test_every_method_runs(method, three, tmp_path):
     assert any(row["forgetting"] > 0 for row in last.curve) == (method in ("c-lora", "c-stamina", "o-lora", "ewc"))
 
 
+def test_what_is_trained_is_counted_by_its_rate(three, tmp_path):
+    found, factors = {}, 0
+    for method in ("lora", "token-only", "frozen", "joint"):
+        task = run(tinypipes.sd15(), three, tmp_path / method, method=method, rank=2).load_task("cat")
+        found[method] = task.info["trained_parameters"]
+        if method == "lora":
+            factors = sum(factor.numel() for factor in task.factors.values())
+    assert found["frozen"] == 0
+    assert found["token-only"] == tinypipes.WIDTH
+    of_token = found["lora"] - factors
+    assert of_token > tinypipes.WIDTH, "a network makes it"
+    assert found["joint"] == factors + 3 * of_token
+
+
 def test_methods_that_differ_in_the_mask_alone_learn_other_weights(three, tmp_path):
     """A mask that the trainer did not reach would leave those of another method."""
     concept, found = load_concepts(three)[:1], {}
