@@ -17,7 +17,7 @@ Value = Mapping[str, object]
 def arms(path: Path, rows: Mapping[str, tuple[Value, Value]]) -> None:
     """A line for each arm, the best on top: the share recognised just after and at the end, each {"mean", "interval"}."""
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 1.2 + 0.32 * len(rows)), layout="constrained")
+        figure, axes = plt.subplots(figsize=(9, 1.2 + 0.3 * len(rows)), layout="constrained")
         axes.grid(axis="x")
         ordered = sorted(rows.items(), key=lambda row: row[1][1]["mean"])
         for number, (label, colour, lift) in enumerate((("just after its task", AFTER, 0.13), ("at the end", END, -0.13))):
@@ -26,8 +26,9 @@ def arms(path: Path, rows: Mapping[str, tuple[Value, Value]]) -> None:
             errors = np.abs(np.array([value["interval"] for value in values]).T - means)
             axes.errorbar(means, np.arange(len(values)) + lift, xerr=errors, fmt="o", color=colour, ecolor=QUIET,
                           elinewidth=0.9, markersize=5, label=label)
-        axes.set_yticks(range(len(ordered)), [fit(label, 2.8, 9) for label, _ in ordered], fontsize=9)
+        axes.set_yticks(range(len(ordered)), [fit(label, 4, 8) for label, _ in ordered], fontsize=8)
         axes.set_xlim(-0.03, 1.03)
+        axes.margins(y=0.02)
         axes.set_xlabel("share of samples recognised; 95% interval over the identities")
         axes.legend(frameon=False, ncols=2, fontsize=9, loc="lower left", bbox_to_anchor=(-0.01, 1.0), borderaxespad=0.1)
         save_figure(figure, path)
@@ -50,18 +51,27 @@ def stability(path: Path, points: Mapping[str, tuple[Value, Value]], ylabel: str
         save_figure(figure, path)
 
 
-def ages(path: Path, lines: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    """A line for each arm: the share of samples that is recognised, by the number of tasks since the concept was learned."""
+def ages(path: Path, lines: Mapping[str, Sequence[tuple[float, float, float]]]) -> None:
+    """A panel for each arm: the share recognised by tasks since, and that of the same concepts just after their task.
+
+    lines: for each arm (tasks since the concept was learned, share recognised then, share just after of the same concepts).
+    """
+    columns = min(4, len(lines))
+    rows = math.ceil(len(lines) / columns)
     with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-        styles = ["-", "--", ":"]
-        for i, (label, line) in enumerate(lines.items()):
-            age, named = np.array(line, float).T
-            axes.plot(age, named, label=fit(label, 2.5, 9), color=f"C{i % 10}", linestyle=styles[i // 10 % 3], linewidth=1.5)
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_xlabel("tasks since the concept was learned")
-        axes.set_ylabel("share of samples recognised")
-        figure.legend(loc="outside right upper", frameon=False, fontsize=9)
+        figure, grid = plt.subplots(rows, columns, figsize=(max(5, 2.6 * columns), 0.7 + 1.75 * rows), layout="constrained",
+                                    squeeze=False, sharex=True, sharey=True)
+        for axes in grid.flat[len(lines):]:
+            axes.set_visible(False)
+        for axes, (label, line) in zip(grid.flat, lines.items(), strict=False):
+            age, then, first = np.array(line, float).T
+            axes.plot(age, first, color=AFTER, marker="o", markersize=3, linewidth=1, label="just after, the same concepts")
+            axes.plot(age, then, color=END, marker="o", markersize=3, linewidth=1.5, label="after so many tasks")
+            axes.set_title("\n".join(label.split(" ", 1)), fontsize=8)
+            axes.set_ylim(-0.05, 1.05)
+        figure.supxlabel("tasks since the concept was learned", fontsize=9)
+        figure.supylabel("share of samples recognised", fontsize=9)
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False, fontsize=9)
         save_figure(figure, path)
 
 

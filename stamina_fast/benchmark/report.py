@@ -182,7 +182,8 @@ def drawings(output: Path, arms: Arms) -> list[str]:
     lines = {label: line for label, results in arms.items() if (line := by_age(results))}
     if lines:
         figures.ages(folder / "ages.webp", lines)
-        parts += ["## Accuracy by age", "How many samples are recognised, by how many concepts were learned since.",
+        parts += ["## Accuracy by age", "How many samples are recognised by how many concepts were learned since, and how many "
+                  "of the same concepts' just after their tasks. The gap is what was forgotten.",
                   picture("ages", "accuracy by age of the concept")]
     of_stamina = [results[0] for results in arms.values() if results[0]["cell"]["method"] == "stamina"]
     if of_stamina:
@@ -195,18 +196,27 @@ def drawings(output: Path, arms: Arms) -> list[str]:
     return parts
 
 
-def by_age(results: Sequence[Mapping]) -> list[tuple[float, float]]:
-    """(age, share recognised): right after learning, and the means of up to TENTHS groups of neighbouring ages."""
-    rows = [row for result in results for row in result["by_age"]]
-    wide = -(-max((row["age"] for row in rows), default=0) // TENTHS)
-    groups: dict[int, list[Mapping]] = {}
+def by_age(results: Sequence[Mapping]) -> list[tuple[float, float, float]]:
+    """(age, share recognised, share just after of the same concepts), means over up to TENTHS groups of neighbouring ages.
+
+    The age is the number of tasks since; only concepts with a later task have one.
+    """
+    rows = []
+    for result in results:
+        first, whole = [task.get("named_after") for task in result["tasks"]], result["cell"]["triangle"]
+        for row in result["by_age"]:
+            if row["age"]:
+                same = first[: len(first) - row["age"]] if whole else [first[-1 - row["age"]]]
+                rows.append((row["age"], row["named"], sum(same) / len(same), row["concepts"]))
+    wide = -(-max((age for age, *_ in rows), default=0) // TENTHS)
+    groups: dict[int, list] = {}
     for row in rows:
-        groups.setdefault(-(-row["age"] // max(wide, 1)), []).append(row)
+        groups.setdefault(-(-row[0] // wide), []).append(row)
 
-    def mean(group: Sequence[Mapping], key: str) -> float:
-        return sum(row[key] * row["concepts"] for row in group) / sum(row["concepts"] for row in group)
+    def mean(group: Sequence, column: int) -> float:
+        return sum(row[column] * row[3] for row in group) / sum(row[3] for row in group)
 
-    return [(mean(group, "age"), mean(group, "named")) for _, group in sorted(groups.items())]
+    return [tuple(mean(group, column) for column in range(3)) for _, group in sorted(groups.items())]
 
 
 def claims(arms: Arms) -> list[str]:

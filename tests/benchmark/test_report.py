@@ -117,12 +117,19 @@ def test_an_ordering_the_other_way_round_is_not_seen_and_without_a_method_not_me
 
 
 def test_ages_are_grouped_where_there_are_many():
+    """The concept of age a at the end is task 49 - a."""
     ages = [{"age": age, "named": 1 - age / 100, "concepts": 50 if age == 0 else 1} for age in range(50)]
-    got = by_age([{"by_age": ages}, {"by_age": ages}])
-    assert len(got) == 11
-    assert got[0] == (0, 1.0)
-    assert got[1] == (pytest.approx(3.0), pytest.approx(0.97)), "ages 1 to 5"
-    assert by_age([{"by_age": ages[:3]}]) == [(0, 1.0), (1, 0.99), (2, 0.98)]
+    result = {"by_age": ages, "tasks": [{"named_after": 0.5 + t / 1000} for t in range(50)], "cell": {"triangle": False}}
+    got = by_age([result, result])
+    assert len(got) == 10
+    assert got[0] == (pytest.approx(3.0), pytest.approx(0.97), pytest.approx(0.546)), "ages 1 to 5, tasks 48 to 44"
+    assert by_age([result | {"by_age": ages[:3]}]) == [(1, 0.99, 0.548), (2, 0.98, 0.547)]
+
+
+def test_ages_of_a_whole_triangle_have_all_concepts_as_old():
+    ages = [{"age": age, "named": named, "concepts": 3 - age} for age, named in enumerate((1.0, 0.5, 0.4))]
+    result = {"by_age": ages, "tasks": [{"named_after": x} for x in (0.6, 0.8, 0.9)], "cell": {"triangle": True}}
+    assert by_age([result]) == [(1, 0.5, pytest.approx(0.7)), (2, 0.4, 0.6)]
 
 
 def test_the_report_has_its_parts_and_is_one_file(filled, tmp_path):
