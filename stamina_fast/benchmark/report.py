@@ -233,6 +233,7 @@ def walls(output: Path, arms: Arms) -> list[str]:
     """Samples of some concepts: a wall for each arm, from its first cell. One whose samples are gone stays as it was drawn."""
     parts = ["## Samples", "Rows are concepts in the order learned, every n-th if there are many. All samples of a row start "
              "from the same noise."]
+    gone = []
     for label, results in arms.items():
         result, name = results[0], f"wall-{results[0]['id']}"
         run = output / "cells" / result["id"] / "run"
@@ -241,8 +242,8 @@ def walls(output: Path, arms: Arms) -> list[str]:
         if (output / "report" / f"{name}.webp").is_file():
             parts += [f"### {label}", picture(name, f"samples of {label}")]
         else:
-            parts += [f"The samples of {label} are gone."]
-    return parts
+            gone.append(label)
+    return [*parts, f"The samples of these are not kept: {', '.join(gone)}."] if gone else parts
 
 
 def draw_wall(path: Path, label: str, result: Mapping, run: Path) -> None:

@@ -163,6 +163,7 @@ def orderings(arms: Arms) -> list[dict]:
 
     Each is a difference that is above 0 if the claim holds. "found" is SEEN if its whole interval is above 0, NOT_SEEN if it is
     below, UNDECIDED if 0 lies in it, and NOT_MEASURED if a method is missing. Of a method with several arms the best is taken.
+    Where STAMINA and LoRA have arms of the same changes, these are compared too.
     """
     chosen = {method: best(arms, method) for method in ("stamina", "lora", "c-lora")}
 
@@ -177,7 +178,7 @@ def orderings(arms: Arms) -> list[dict]:
         own = [arms[chosen[method]] for method in methods if chosen[method]]
         return rises(own) if len(own) == len(methods) else None
 
-    others = {label: mean for label, results in arms.items() if label != chosen["lora"]
+    others = {label: mean for label, results in arms.items() if results[0]["cell"]["method"] != "lora"
               and (mean := mean_of(values_of(results, BY_KEY["F"])))}
     chosen["worst"] = max(others, key=lambda label: others[label]["mean"], default=None)
     rows = [
@@ -196,6 +197,19 @@ def orderings(arms: Arms) -> list[dict]:
         ("Sequential LoRA is the worst forgetter, which it was not in C-LoRA's own figure",
          *apart("lora", "worst", "F", "F_mmd")),
     ]
+    for changes in sorted(label.removeprefix("stamina ") for label in arms if label.startswith("stamina ")):
+        one, two = f"lora {changes}", f"stamina {changes}"
+        if one in arms:
+            after, end, moved = ([values_of(arms[label], BY_KEY[key]) for label in (one, two)]
+                                 for key in ("named_after", "named_end", "F"))
+            rows += [
+                (f"Sequential tuning without a mask forgets, with {changes}",
+                 "recognised by lora: just after minus at the end", difference(after[0], end[0])),
+                (f"STAMINA forgets less than sequential LoRA, both with {changes}", "F_mmd: lora minus stamina",
+                 difference(moved[0], moved[1])),
+                (f"More is recognised at the end with STAMINA than with sequential LoRA, both with {changes}",
+                 "recognised: stamina minus lora", difference(end[1], end[0])),
+            ]
     return [{"claim": claim, "said": said, "found": verdict(value), **(value or {})} for claim, said, value in rows]
 
 

@@ -116,6 +116,22 @@ def test_an_ordering_the_other_way_round_is_not_seen_and_without_a_method_not_me
     assert found["C-LoRA learns later tasks worse"] == "not measured"
 
 
+def test_stamina_and_lora_are_compared_where_both_have_the_same_changes():
+    made = [made_up("stamina", 0, 0.9, 0.8, forgotten=0.0), made_up("lora", 0, 0.9, 0.8, forgotten=0.0)]
+    made += [made_up("stamina rate=2", 0, 0.9, 0.5, forgotten=0.2), made_up("lora rate=2", 0, 0.9, 0.3, forgotten=0.4)]
+    made += [made_up("stamina rate=3", 0, 0.9, 0.5)]
+    found = {row["claim"]: row for row in summary.orderings(summary.arms_of(made))}
+    assert not any("rate=3" in claim for claim in found)
+    for claim, wanted in (("Sequential tuning without a mask forgets, with rate=2", 0.6),
+                          ("STAMINA forgets less than sequential LoRA, both with rate=2", 0.2),
+                          ("More is recognised at the end with STAMINA than with sequential LoRA, both with rate=2", 0.2)):
+        assert found[claim]["found"] == "seen"
+        assert found[claim]["mean"] == pytest.approx(wanted, abs=0.02), claim
+    # the worst forgetter is looked for among the other methods
+    worst = found["Sequential LoRA is the worst forgetter, which it was not in C-LoRA's own figure"]
+    assert worst["said"].endswith("stamina rate=2")
+
+
 def test_ages_are_grouped_where_there_are_many():
     """The concept of age a at the end is task 49 - a."""
     ages = [{"age": age, "named": 1 - age / 100, "concepts": 50 if age == 0 else 1} for age in range(50)]
@@ -172,7 +188,7 @@ def test_a_report_is_the_same_where_the_results_alone_are_kept(filled, tmp_path)
     assert (output / "report.md").read_text() == text
     walls[0].unlink()
     write_report(output)
-    assert "are gone" in (output / "report.md").read_text()
+    assert "The samples of these are not kept: lora.\n" in (output / "report.md").read_text()
 
 
 def test_a_folder_without_a_benchmark_is_refused(tmp_path):
