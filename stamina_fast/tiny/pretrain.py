@@ -64,6 +64,26 @@ def textures(rng: np.random.Generator, count: int) -> torch.Tensor:
     return torch.from_numpy(np.clip(out * 0.8 + rng.normal(0, 0.3, (count, 3, 1, 1)), -1, 1)).float()
 
 
+def descend(parameters, peak: float, rise: float, steps: int, losses, file: Path) -> None:
+    """Make AdamW steps at a one-cycle rate, `rise` of them rising to `peak`, and log PSNR.
+
+    losses: a function that draws a batch and returns its loss and its squared error on the scale of [-1, 1].
+    """
+    parameters, start = list(parameters), time.time()
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=rise)
+    for step in range(steps):
+        loss, error = losses()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0 or step == steps - 1:
+            psnr = -10 * float(np.log10(error.item() / 4))
+            log(file, step=step, loss=loss.item(), psnr=psnr, seconds=time.time() - start)
+
+
 def train_autoencoder(vae, images, work: Path, steps: int, batch: int, device) -> None:
     path = work / "vae.safetensors"
     if path.exists():
@@ -72,25 +92,19 @@ def train_autoencoder(vae, images, work: Path, steps: int, batch: int, device) -
     if not steps:
         return
     vae.to(device).train()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
-    draw, rng, start = torch.Generator().manual_seed(0), np.random.default_rng(0), time.time()
-    for step in range(steps):
+    draw, rng = torch.Generator().manual_seed(0), np.random.default_rng(0)
+
+    def losses() -> tuple[torch.Tensor, torch.Tensor]:
         x = images[torch.randint(len(images), (batch,), generator=draw)].float() / 127.5 - 1
         # colours and contrasts that the world lacks: swapped channels, inverted or dimmed pictures
         x = x[:, torch.randperm(3, generator=draw)] * (torch.rand(batch, 1, 1, 1, generator=draw) * 1.6 - 0.6).sign()
         x = torch.cat([x[: batch * 3 // 4], textures(rng, batch // 4)]).to(device)
         posterior = vae.encode(x).latent_dist
         y = vae.decode(posterior.sample()).sample
-        loss = F.mse_loss(y, x) + 0.3 * F.l1_loss(y, x) + 3e-4 * posterior.kl().mean() / posterior.mean[0].numel()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0 or step == steps - 1:
-            mse = F.mse_loss(y, x).item() / 4
-            log(work / "vae.jsonl", step=step, loss=loss.item(), psnr=-10 * float(np.log10(mse)), seconds=time.time() - start)
+        error = F.mse_loss(y, x)
+        return error + 0.3 * F.l1_loss(y, x) + 3e-4 * posterior.kl().mean() / posterior.mean[0].numel(), error
+
+    descend(vae.parameters(), 2e-3, 0.05, steps, losses, work / "vae.jsonl")
     save(vae.state_dict(), path)
 
 
@@ -121,24 +135,18 @@ def train_decoder(vae, images, latents, work: Path, steps: int, batch: int, devi
     if not steps:
         return
     parts.train()
-    optimizer = torch.optim.AdamW(parts.parameters(), lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
-    draw, start = torch.Generator().manual_seed(2), time.time()
-    for step in range(steps):
+    draw = torch.Generator().manual_seed(2)
+
+    def losses() -> tuple[torch.Tensor, torch.Tensor]:
         pick = torch.randint(len(images), (batch,), generator=draw)
         z = latents[pick].float()
         z = z + 0.05 * torch.rand(batch, 1, 1, 1, generator=draw) * torch.randn(z.shape, generator=draw)
         x = images[pick].float().to(device) / 127.5 - 1
         y = vae.decode(z.to(device) / vae.config.scaling_factor).sample
-        loss = F.l1_loss(y, x) + F.mse_loss(y, x)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        if step % 50 == 0 or step == steps - 1:
-            psnr = -10 * float(np.log10(F.mse_loss(y, x).item() / 4))
-            log(work / "decoder.jsonl", step=step, loss=loss.item(), psnr=psnr, seconds=time.time() - start)
+        error = F.mse_loss(y, x)
+        return F.l1_loss(y, x) + error, error
+
+    descend(parts.parameters(), 1e-3, 0.1, steps, losses, work / "decoder.jsonl")
     save(parts.state_dict(), path)
 
 

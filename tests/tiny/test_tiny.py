@@ -1,6 +1,7 @@
 """The small model: its world, its words, its pre-training, and the weights that travel along."""
 
 import hashlib
+import json
 import re
 import subprocess
 import sys
@@ -73,6 +74,25 @@ def test_pre_training_resumes_to_the_same_bits(tmp_path):
     weight = next(key for key in whole if key.startswith("weight/unet") and key.endswith("weight"))
     assert not [p for p in (tmp_path / "further" / "model").rglob("*.json") if str(tmp_path) in p.read_text()]
     assert (further[weight] - whole[weight.replace("weight/", "average/", 1)].half().float()).abs().max() < 1e-4
+
+
+def test_the_decoder_is_trained_alone_and_not_twice(tmp_path):
+    torch.manual_seed(0)
+    pipe = build_pipeline()
+    vae, images = pipe.vae, torch.stack([torch.from_numpy(scene(seed)[0]) for seed in range(8)]).permute(0, 3, 1, 2)
+    latents = pretrain.encode(vae, images, tmp_path, "cpu", None)
+    before = {name: tensor.clone() for name, tensor in vae.state_dict().items()}
+    pretrain.train_decoder(vae, images, latents, tmp_path, 30, 8, "cpu")
+    after = vae.state_dict()
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    rows = [json.loads(line) for line in (tmp_path / "decoder.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 29]
+    assert rows[1]["psnr"] > rows[0]["psnr"] + 1
+    other = build_pipeline().vae
+    pretrain.train_decoder(other, images, latents, tmp_path, 30, 8, "cpu")
+    assert all(torch.equal(after[name], other.state_dict()[name]) for name in after if name.startswith("decoder"))
+    assert len((tmp_path / "decoder.jsonl").read_text().splitlines()) == 2
 
 
 def test_training_goes_on_with_the_words_of_today(tmp_path):
