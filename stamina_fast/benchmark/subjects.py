@@ -191,6 +191,8 @@ def made_from(plan: Plan, setup: Setup, pipeline) -> dict:
 def prepare(output: Path, plan: Plan, setup: Setup) -> Subjects:
     """The set in `output`, made unless it is there. It is for one process at a time.
 
+    Where only set.json is left, as beside results in a repository, the rest is made again.
+
     Raises InputError for an encoder or pictures that cannot be used, and FileError if the folder holds another set.
     """
     path = output / "set"
@@ -198,9 +200,11 @@ def prepare(output: Path, plan: Plan, setup: Setup) -> Subjects:
         encoder(name)
     pipeline = load_pipeline(setup.model, setup.device)
     wanted = made_from(plan, setup, pipeline)
-    if (path / "set.json").is_file():
+    known = (path / "set.json").is_file()
+    if known:
         same(read_json(path / "set.json")["made_from"], wanted, output)
-    else:
+    # what `of_world` writes last
+    if not known or (setup.concepts is None and not (path / "kinds.safetensors").is_file()):
         make_folder(path)
         facts = of_world(path, plan, wanted) if setup.concepts is None else of_folders(path, plan, setup, wanted)
         write_json(path / "set.json", facts)

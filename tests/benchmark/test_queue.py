@@ -102,6 +102,23 @@ def copied(filled, target):
     return target
 
 
+def test_results_that_are_kept_alone_are_gone_on_with(filled, plan, model, tmp_path):
+    """As from a repository: no cell is trained again, and the set is made again as it was."""
+    output, kept = tmp_path / "out", filled[0]
+    files = [kept / "set" / "set.json", *(kept / "cells").glob("*/result.json")]
+    for file in files:
+        target = output / file.relative_to(kept)
+        target.parent.mkdir(parents=True)
+        shutil.copy(file, target)
+    fine = plan.model_copy(update={"groups": [plan.groups[0].model_copy(update={"changes": [{}]}), plan.groups[1]]})
+    assert run_benchmark(fine, output, model=model, progress=False) == []
+    for file in files:
+        assert json.loads((output / file.relative_to(kept)).read_text()) == json.loads(file.read_text())
+    assert not list((output / "cells").rglob("run"))
+    for name in ("concepts_list.json", "classifier.safetensors", "kinds.safetensors", "concepts/face-01-man/00.png"):
+        assert (output / "set" / name).read_bytes() == (kept / "set" / name).read_bytes()
+
+
 def test_a_worker_that_is_killed_leaves_a_cell_that_goes_on_to_the_same_numbers(filled, plan, model, tmp_path):
     output, cell = copied(filled, tmp_path / "out"), cells_of(plan)["stamina"]
     alone = plan.model_copy(update={"groups": [plan.groups[0].model_copy(update={"changes": [{}]})]})
