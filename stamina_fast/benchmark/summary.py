@@ -178,8 +178,9 @@ def orderings(arms: Arms) -> list[dict]:
         own = [arms[chosen[method]] for method in methods if chosen[method]]
         return rises(own) if len(own) == len(methods) else None
 
-    others = {label: mean for label, results in arms.items() if results[0]["cell"]["method"] != "lora"
-              and (mean := mean_of(values_of(results, BY_KEY["F"])))}
+    methods = {results[0]["cell"]["method"] for results in arms.values()} - {"lora"}
+    others = {label: mean for label in sorted(best(arms, method) for method in methods)
+              if (mean := mean_of(values_of(arms[label], BY_KEY["F"])))}
     chosen["worst"] = max(others, key=lambda label: others[label]["mean"], default=None)
     rows = [
         ("Sequential tuning without a mask forgets", f"recognised: just after minus at the end, {chosen['lora'] or 'lora'}",
