@@ -34,7 +34,7 @@ def arms(path: Path, rows: Mapping[str, tuple[Value, Value]]) -> None:
         save_figure(figure, path)
 
 
-def stability(path: Path, points: Mapping[str, tuple[Value, Value]], ylabel: str) -> None:
+def stability(path: Path, points: Mapping[str, tuple[Value, Value]], xlabel: str, ylabel: str, lower_is_better: bool) -> None:
     """A point for each arm: how well it learned, and what it still knows at the end, each as {"mean", "interval"}."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
@@ -44,8 +44,9 @@ def stability(path: Path, points: Mapping[str, tuple[Value, Value]], ylabel: str
             axes.errorbar(x["mean"], y["mean"], xerr=errors[0], yerr=errors[1], fmt="o", color=AFTER, ecolor=QUIET,
                           elinewidth=0.7, markersize=5)
             axes.annotate(fit(label, 2.2, 8.5), (x["mean"], y["mean"]), xytext=(5, 4), textcoords="offset points", fontsize=8.5)
-        axes.invert_xaxis()
-        axes.set_xlabel("P_mmd just after each task: the lower, the better it was learned")
+        if lower_is_better:
+            axes.invert_xaxis()
+        axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
         axes.margins(0.12)
         save_figure(figure, path)

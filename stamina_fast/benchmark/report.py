@@ -170,13 +170,16 @@ def drawings(output: Path, arms: Arms) -> list[str]:
     by_name = any(kept.values())
     points = {}
     for label, results in arms.items():
-        learned, moved = mean_of(values_of(results, BY_KEY["P"])), values_of(results, BY_KEY["F"])
+        learned = mean_of(values_of(results, BY_KEY["named_after" if by_name else "P"]))
+        moved = values_of(results, BY_KEY["F"])
         still = kept[label] if by_name else mean_of({name: -apart for name, apart in moved.items()})
         if learned and still:
             points[label] = (learned, still)
     if points:
-        what = "recognised at the end, as a share of that just after" if by_name else "-F_mmd: how little the samples moved"
-        figures.stability(folder / "stability.webp", points, what)
+        what = ["share recognised just after its task", "recognised at the end, as a share of that just after"]
+        if not by_name:
+            what = ["P_mmd just after each task: the lower, the better it was learned", "-F_mmd: how little the samples moved"]
+        figures.stability(folder / "stability.webp", points, *what, lower_is_better=not by_name)
         parts += ["## Stability and plasticity", "Best is the top right: learned well, and kept.",
                   picture("stability", "stability over plasticity")]
     lines = {label: line for label, results in arms.items() if (line := by_age(results))}
