@@ -21,6 +21,7 @@ from ..io.run import FILES, Run
 from ..pipeline.load import frozen, load_pipeline
 from ..reopen import attached, base_model, restore
 from ..training import train
+from ..training.methods import METHODS
 from . import measures
 from .names import half
 from .plan import Cell
@@ -47,7 +48,7 @@ def run_cell(cell: Cell, subjects: Subjects, folder: Path, on_task: Callable | N
     )
     run = Run.open(path)
     draw_at_the_end(run, subjects)
-    if cell.method == "lora-merge":
+    if METHODS[cell.method].strategy.apart:
         draw_apart(run, subjects)
     samples = Read(run, subjects)
     result = {
@@ -76,7 +77,7 @@ def draw_at_the_end(run: Run, subjects: Subjects) -> None:
 
 
 def draw_apart(run: Run, subjects: Subjects) -> None:
-    """Draw each concept with its own residual alone: adapters kept apart, if each was learned from the base model."""
+    """Draw each concept with its own residual alone: adapters kept apart."""
     setup, samples = subjects.setup, Samples.of(run.path)
     pipeline = base_model(run, setup.model, setup.device)
     with frozen(pipeline), attached(run, pipeline) as adapters:

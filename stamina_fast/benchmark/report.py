@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -195,8 +196,21 @@ def drawings(output: Path, arms: Arms) -> list[str]:
                   "cosine of the two changes": result["changes"]["cosine"]}
         figures.overlap(folder / "overlap.webp", result["concepts"], panels)
         parts += ["## Which tasks change the same weights", f"Cell {result['id']}; tasks in the order learned.",
-                  picture("overlap", "overlap between the changes of tasks")]
+                  by_chance(result), picture("overlap", "overlap between the changes of tasks")]
     return parts
+
+
+def by_chance(result: Mapping) -> str:
+    """How far the shares of a cell's changes are from those of independent masks, and the mean |cosine|."""
+    changes, tasks = result["changes"], result["tasks"]
+    pairs = [(t, i) for t, i in itertools.permutations(range(len(tasks)), 2) if changes["cosine"][t][i] is not None]
+    apart = [changes["shared"][t][i] - tasks[i]["density"] for t, i in pairs]
+    turned = [abs(changes["cosine"][t][i]) for t, i in pairs]
+    if not pairs:
+        return "There are no two tasks that changed weights."
+    return (f"Independent masks would share as much as the density of the column's mask. The shares differ from it by "
+            f"{sum(apart) / len(pairs):.4f} on average, and by {max(map(abs, apart)):.3f} at most; |cosine| is "
+            f"{sum(turned) / len(pairs):.3f} on average.")
 
 
 def by_age(results: Sequence[Mapping]) -> list[tuple[float, float, float]]:

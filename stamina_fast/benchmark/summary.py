@@ -7,6 +7,7 @@ paired: both are redrawn with the same identities.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -163,7 +164,7 @@ def orderings(arms: Arms) -> list[dict]:
 
     Each is a difference that is above 0 if the claim holds. "found" is SEEN if its whole interval is above 0, NOT_SEEN if it is
     below, UNDECIDED if 0 lies in it, and NOT_MEASURED if a method is missing. Of a method with several arms the best is taken.
-    Where STAMINA and LoRA have arms of the same changes, these are compared too.
+    Where STAMINA and LoRA, or a random mask, have arms of the same changes, these are compared too.
     """
     chosen = {method: best(arms, method) for method in ("stamina", "lora", "c-lora")}
 
@@ -198,19 +199,22 @@ def orderings(arms: Arms) -> list[dict]:
         ("Sequential LoRA is the worst forgetter, which it was not in C-LoRA's own figure",
          *apart("lora", "worst", "F", "F_mmd")),
     ]
-    for changes in sorted(label.removeprefix("stamina ") for label in arms if label.startswith("stamina ")):
-        one, two = f"lora {changes}", f"stamina {changes}"
-        if one in arms:
-            after, end, moved = ([values_of(arms[label], BY_KEY[key]) for label in (one, two)]
-                                 for key in ("named_after", "named_end", "F"))
-            rows += [
-                (f"Sequential tuning without a mask forgets, with {changes}",
-                 "recognised by lora: just after minus at the end", difference(after[0], end[0])),
-                (f"STAMINA forgets less than sequential LoRA, both with {changes}", "F_mmd: lora minus stamina",
-                 difference(moved[0], moved[1])),
-                (f"More is recognised at the end with STAMINA than with sequential LoRA, both with {changes}",
-                 "recognised: stamina minus lora", difference(end[1], end[0])),
-            ]
+    shared = [label.removeprefix("stamina ") for label in sorted(arms) if label.startswith("stamina ")]
+    for changes, (rival, called) in itertools.product(shared, (("lora", "sequential LoRA"), ("random-mask", "a random mask"))):
+        one, two = f"{rival} {changes}", f"stamina {changes}"
+        if one not in arms:
+            continue
+        after, end, moved = ([values_of(arms[label], BY_KEY[key]) for label in (one, two)]
+                             for key in ("named_after", "named_end", "F"))
+        if rival == "lora":
+            rows.append((f"Sequential tuning without a mask forgets, with {changes}",
+                         "recognised by lora: just after minus at the end", difference(after[0], end[0])))
+        rows += [
+            (f"STAMINA forgets less than {called}, both with {changes}", f"F_mmd: {rival} minus stamina",
+             difference(moved[0], moved[1])),
+            (f"More is recognised at the end with STAMINA than with {called}, both with {changes}",
+             f"recognised: stamina minus {rival}", difference(end[1], end[0])),
+        ]
     return [{"claim": claim, "said": said, "found": verdict(value), **(value or {})} for claim, said, value in rows]
 
 

@@ -32,9 +32,7 @@ def _concept(real, base, after, end, bandwidth: float, draws: int, seed: int) ->
 
     Without samples of the base, its MMD² and the ratios to it are left out.
     """
-    samples = {"mmd_base": base, "mmd_after": after, "mmd_end": end}
-    if base is None:
-        del samples["mmd_base"]
+    samples = ({} if base is None else {"mmd_base": base}) | {"mmd_after": after, "mmd_end": end}
     values = {key: mmd2(real, x, bandwidth) for key, x in samples.items()}
     # all three use the same resamples of the real images, since the two parts of a ratio are not independent
     times_real = resamples(len(real), draws, derive_seed(seed, "real"))

@@ -27,15 +27,13 @@ class Backbone:
         self.framed = self.unet.config.addition_embed_type == "text_time"
 
     def check_prompts(self, prompts: list[str], token: str, earlier: Sequence[str] = ()) -> None:
-        """Raise InputError for a token that the model knows already, or a prompt that it would truncate.
+        """Raise InputError for a prompt that the model would truncate.
 
-        earlier: tokens that it will have learned by then.
+        earlier: tokens that it will have learned by then, besides the prompts' own.
         """
         # each vector of a token will be one id, as "a" is
         ids = " ".join(["a"] * self.vectors)
         for tokenizer in self.tokenizers:
-            if token in tokenizer.get_vocab():
-                raise InputError(f"the model knows the token {token} already; choose a new one, such as '<my-cat>'")
             for prompt in prompts:
                 text = prompt.replace(token, ids)
                 for known in earlier:

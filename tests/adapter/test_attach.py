@@ -5,17 +5,13 @@ import dataclasses
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from unets import EVERY, SMALL, WIDTH, attached, bits, calls, effective, inputs, output, same_bits, train_, unet
+from unets import EVERY, SMALL, WIDTH, attached, bits, calls, effective, inputs, output, same_bits, train_, unet, values
 
 import stamina_fast as sf
 from stamina_fast.adapter.masks import MASKS, LearnedMask
 
 NOISE = sf.GateNoise(2, 5)
 NAME = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
-
-
-def values(adapters):
-    return [parameter.detach().clone() for parameter in adapters.parameters()]
 
 
 # attach and detach
@@ -135,7 +131,7 @@ def test_a_rank_that_does_not_count_may_be_anything(mask):
     attached(dataclasses.replace(SMALL, mask=mask, gate_rank=64, residual="full", rank=64))[1].detach()
 
 
-# folds
+# what is in force
 
 def test_arguments_are_those_of_the_call():
     model, adapters = attached()

@@ -4,19 +4,13 @@ import dataclasses
 
 import pytest
 import torch
-from unets import EVERY, SMALL, attached, bits, calls, effective, inputs, output, same_bits, train_, unet
+from unets import EVERY, SMALL, attached, bits, calls, effective, inputs, output, same_bits, train_, unet, values
 
 import stamina_fast as sf
 
 NOISE = sf.GateNoise(2, 5)
 NAME = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 
-
-def values(adapters):
-    return [parameter.detach().clone() for parameter in adapters.parameters()]
-
-
-# attach and detach
 
 @pytest.mark.parametrize("kind", EVERY)
 def test_the_folded_model_is_the_model_with_its_residual(kind):

@@ -8,19 +8,6 @@ from tokenbanks import KINDS, bank_of, parts, states, tables, train, vocabularie
 from stamina_fast.errors import InputError
 
 
-def test_tokens_in_one_word_stay_apart():
-    pipeline = tinypipes.sd15()
-    bank = bank_of(pipeline)
-    tokens = ["<x>", "<x>y", "z<x>", "<x", "<\u00e9>", "<\u732b>", "a*"]
-    for token in tokens:
-        bank.begin(token)
-        bank.fold_()
-    for token in tokens:
-        ids = pipeline.tokenizer(f"a photo of {token} on a table").input_ids
-        assert ids.count(pipeline.tokenizer.convert_tokens_to_ids(token)) == 1
-        assert len(ids) == 2 + len(("a", "photo", "of", token, "on", "a", "table"))
-
-
 @pytest.mark.parametrize("kind", ["sd15", "sdxl"])
 @pytest.mark.parametrize("mlp", [True, False])
 def test_a_token_of_several_vectors_is_trained_and_folded_into_as_many_rows(kind, mlp):

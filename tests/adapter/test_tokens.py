@@ -311,3 +311,16 @@ def test_compiled_without_a_break_and_without_a_new_program_for_the_next_token()
         assert torch.equal(program(ids)[0, 2], row)
     # one with and one without gradients recorded at most
     assert compiles.frame_count <= 2
+
+
+def test_tokens_in_one_word_stay_apart():
+    pipeline = tinypipes.sd15()
+    bank = bank_of(pipeline)
+    tokens = ["<x>", "<x>y", "z<x>", "<x", "<\u00e9>", "<\u732b>", "a*"]
+    for token in tokens:
+        bank.begin(token)
+        bank.fold_()
+    for token in tokens:
+        ids = pipeline.tokenizer(f"a photo of {token} on a table").input_ids
+        assert ids.count(pipeline.tokenizer.convert_tokens_to_ids(token)) == 1
+        assert len(ids) == 2 + len(("a", "photo", "of", token, "on", "a", "table"))

@@ -11,7 +11,11 @@ from stamina_fast.benchmark.plan import load_plan
 from stamina_fast.io.files import read_json
 
 COMMITTED = Path(__file__).parents[2] / "bench" / "results" / "benchmark"
-FOLDERS = sorted(path.parent.parent for path in COMMITTED.glob("*/set/set.json"))
+FOLDERS = [COMMITTED / name for name in ("fifty", "sweep")]
+
+
+def test_every_committed_folder_is_looked_at():
+    assert sorted(path for path in COMMITTED.iterdir() if path.is_dir()) == FOLDERS
 
 
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)

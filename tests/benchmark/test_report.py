@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from stamina_fast.benchmark import summary, write_report
-from stamina_fast.benchmark.report import by_age
+from stamina_fast.benchmark.report import by_age, by_chance
 from stamina_fast.errors import InputError
 
 NAMES = [f"c{i:02d}" for i in range(20)]
@@ -130,6 +130,20 @@ def test_stamina_and_lora_are_compared_where_both_have_the_same_changes():
     # the worst forgetter is looked for among the best settings of the other methods
     worst = found["Sequential LoRA is the worst forgetter, which it was not in C-LoRA's own figure"]
     assert worst["said"].endswith("minus stamina")
+
+
+def test_a_random_mask_is_compared_where_it_has_the_same_changes():
+    made = [made_up("stamina rate=2", 0, 0.9, 0.5, forgotten=0.2), made_up("random-mask rate=2", 0, 0.9, 0.7, forgotten=0.1)]
+    found = {row["claim"]: row["found"] for row in summary.orderings(summary.arms_of(made))}
+    assert found["STAMINA forgets less than a random mask, both with rate=2"] == "not seen"
+    assert found["More is recognised at the end with STAMINA than with a random mask, both with rate=2"] == "not seen"
+
+
+def test_shares_are_held_against_those_of_independent_masks():
+    result = {"tasks": [{"density": 0.5}, {"density": 0.25}, {"density": 0.0}],
+              "changes": {"shared": [[1.0, 0.35, 0.0], [0.7, 1.0, 0.0], [None] * 3],
+                          "cosine": [[1.0, -0.02, None], [-0.04, 1.0, None], [None] * 3]}}
+    assert "by 0.1500 on average, and by 0.200 at most; |cosine| is 0.030 on average" in by_chance(result)
 
 
 def test_ages_are_grouped_where_there_are_many():

@@ -89,3 +89,8 @@ def bits(model) -> dict[str, torch.Tensor]:
 
 def same_bits(one: dict, two: dict) -> bool:
     return list(one) == list(two) and all(one[k].dtype == two[k].dtype and torch.equal(one[k], two[k]) for k in one)
+
+
+def values(adapters):
+    """Copies of the parameters of the adapters."""
+    return [parameter.detach().clone() for parameter in adapters.parameters()]

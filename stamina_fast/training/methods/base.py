@@ -36,9 +36,11 @@ class Strategy:
              place of C-LoRA's forgetting penalty: it is weighted by `config.forgetting_weight`, and is the column
              "forgetting" of the curve. It may become part of a CUDA graph. So it reads nothing back from the device, and
              of the strategy only tensors that `start` made and that are written in place after that.
+    apart    whether every residual is learned from the base model, so that it can be used without the others
     """
 
     penalty: ClassVar[Callable[[object], Tensor] | None] = None
+    apart: ClassVar[bool] = False
 
     def start(self, trainer: Trainer) -> None:
         """Begin a run, before a file is written. Raise InputError for what the method cannot do."""

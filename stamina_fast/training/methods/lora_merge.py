@@ -11,8 +11,10 @@ class LoraMerge(Strategy):
     """While task t is learned the weights are W_0 + A_t B_t. Between tasks they are W_0 + Σ_{i <= t} A_i B_i.
 
     These are separate low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685) of one base model, merged by adding them up.
-    Only the merged model is stored, sampled and measured.
+    Only the merged model is stored.
     """
+
+    apart = True
 
     @contextlib.contextmanager
     def learning(self, trainer, task):
